@@ -1,0 +1,1 @@
+"""Livepatch for the weights of a served language model."""

@@ -1,0 +1,147 @@
+"""Every error that patcher raises on purpose, and the exit code of each.
+
+::
+
+    PatcherError                     1   a defect of ours, or one that nobody foresaw
+    ├── UsageError                   2   the call's words are off            (caller)
+    ├── InvalidPatchError            3   the file is damaged or malformed    (who made the file)
+    │   └── FormatVersionError       3   a format that this version can't read
+    ├── BaseMismatchError            4   computed on other weights           (who chose the patch)
+    ├── TrustError                   5   not signed as the policy asks       (who signs)
+    ├── StackConflictError           6   the stack doesn't admit the change  (caller)
+    │   ├── UnknownPatchError        6   no such id in the stack or store
+    │   ├── AmbiguousIdError         6   a shortened id fits several
+    │   ├── AlreadyAppliedError      6   the patch is in force already
+    │   └── StackChangedError        6   somebody else changed it meanwhile
+    ├── EngineUnreachableError       7   no answer from that URL             (operator)
+    ├── EngineRefusedError           8   refused or rolled back; as before   (operator)
+    ├── VerificationError            9   live weights are not what they must be (operator)
+    ├── PermissionDeniedError       10   token missing, unknown or too weak  (caller)
+    └── InputError                  11   forget set, text or model unusable  (caller)
+        ├── ForgetSetError          11
+        └── ModelError              11
+
+The word in brackets says who can mend it. ``code`` is the error's name on the
+wire (``application/problem+json``, see ``docs/protocol.md``).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class PatcherError(Exception):
+    """Base of all. ``message`` names the cause, ``cure`` what to do about it."""
+
+    code: ClassVar[str] = "internal"
+    exit_code: ClassVar[int] = 1
+    http_status: ClassVar[int] = 500
+
+    def __init__(self, message: str, cure: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.cure = cure
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.cure}".strip()
+
+
+class UsageError(PatcherError):
+    code = "usage"
+    exit_code = 2
+    http_status = 400
+
+
+class InvalidPatchError(PatcherError):
+    code = "invalid-patch"
+    exit_code = 3
+    http_status = 422
+
+
+class FormatVersionError(InvalidPatchError):
+    code = "format-version"
+
+
+class BaseMismatchError(PatcherError):
+    code = "base-mismatch"
+    exit_code = 4
+    http_status = 422
+
+
+class TrustError(PatcherError):
+    code = "not-trusted"
+    exit_code = 5
+    http_status = 403
+
+
+class StackConflictError(PatcherError):
+    code = "stack-conflict"
+    exit_code = 6
+    http_status = 409
+
+
+class UnknownPatchError(StackConflictError):
+    code = "unknown-patch"
+    http_status = 404
+
+
+class AmbiguousIdError(StackConflictError):
+    code = "ambiguous-id"
+
+
+class AlreadyAppliedError(StackConflictError):
+    code = "already-applied"
+
+
+class StackChangedError(StackConflictError):
+    code = "stack-changed"
+    http_status = 412
+
+
+class EngineUnreachableError(PatcherError):
+    code = "engine-unreachable"
+    exit_code = 7
+    http_status = 502
+
+
+class EngineRefusedError(PatcherError):
+    code = "engine-refused"
+    exit_code = 8
+    http_status = 503
+
+
+class VerificationError(PatcherError):
+    code = "verification-failed"
+    exit_code = 9
+    http_status = 500
+
+
+class PermissionDeniedError(PatcherError):
+    code = "not-permitted"
+    exit_code = 10
+    http_status = 401
+
+
+class InputError(PatcherError):
+    code = "bad-input"
+    exit_code = 11
+    http_status = 422
+
+
+class ForgetSetError(InputError):
+    code = "bad-forget-set"
+
+
+class ModelError(InputError):
+    code = "bad-model"
+
+
+def by_code(code: str) -> type[PatcherError]:
+    """The class whose wire name is ``code``; :class:`PatcherError` for an unknown one."""
+    queue: list[type[PatcherError]] = [PatcherError]
+    while queue:
+        cls = queue.pop()
+        if cls.code == code:
+            return cls
+        queue.extend(cls.__subclasses__())
+    return PatcherError
