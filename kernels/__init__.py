@@ -1,1 +1,14 @@
-"""Pure torch kernels."""
+"""The arithmetic of patches on tensors: torch alone, on any device.
+
+``fold`` gives the weights that a stack of deltas makes of a base, ``compose``
+turns several deltas into one, ``digest`` names a tensor's bits. Nothing here
+reads a file, knows a model or holds state.
+"""
+
+from __future__ import annotations
+
+from .compose import compose
+from .digest import column_blocks, column_digests, digest
+from .fold import LowRank, fold
+
+__all__ = ["LowRank", "column_blocks", "column_digests", "compose", "digest", "fold"]
