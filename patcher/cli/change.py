@@ -1,0 +1,69 @@
+"""Commands that change what a running engine serves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from patcher.cli.options import change_options, engine_options, existing_file, json_option
+from patcher.cli.output import facts, print_json, short
+
+if TYPE_CHECKING:
+    from patcher.client import Engine
+    from patcher.protocol import Change, InFlight
+
+
+@click.command()
+@click.argument("patches", nargs=-1, required=True, type=existing_file, metavar="P.st…")
+@engine_options
+@change_options
+@json_option
+def apply(
+    engine: Engine, patches: tuple[Path, ...], in_flight: InFlight, reason: str, as_json: bool
+) -> None:
+    """Put patches on the top of the stack, live.
+
+    All of them or none, in one change. The files are checked before the engine is asked.
+    """
+    _print(engine.apply(*patches, in_flight=in_flight, reason=reason), as_json)
+
+
+@click.command()
+@click.argument("ids", nargs=-1, metavar="ID…")
+@click.option("--all", "everything", is_flag=True, help="All patches: the base again.")
+@engine_options
+@change_options
+@json_option
+def revert(
+    engine: Engine,
+    ids: tuple[str, ...],
+    everything: bool,
+    in_flight: InFlight,
+    reason: str,
+    as_json: bool,
+) -> None:
+    """Take patches out of the stack, from anywhere in it.
+
+    Ids may be shortened while they are unambiguous. The weights are afterwards those of a
+    fresh fold of what is left; with nothing left, the base to the bit.
+    """
+    _print(engine.revert(*ids, all=everything, in_flight=in_flight, reason=reason), as_json)
+
+
+def _print(change: Change, as_json: bool) -> None:
+    if as_json:
+        print_json(change)
+        return
+    in_force = ", ".join(map(short, reversed(change["stack"]))) or "nothing: the base"
+    facts(
+        [
+            (
+                "done in",
+                f"{change['seconds']:.2f} s, serving paused for {change['pause_ms']:.0f} ms",
+            ),
+            ("in force", in_force),
+            ("weight version", change["weight_version"]),
+        ]
+    )

@@ -1,0 +1,95 @@
+"""Where every error of the command ends: words on stderr, an exit code, a JSON document."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from patcher.cli.output import clean, note, print_json
+from patcher.errors import PatcherError, UsageError
+
+INTERRUPTED = 128 + 2  # as shells report SIGINT
+PIPE_CLOSED = 128 + 13  # and SIGPIPE
+
+
+def guarded(
+    run: Callable[..., Any], words: Sequence[str] | None, *args: Any, **options: Any
+) -> Any:
+    """Run click's ``main`` and exit with the code of what happened.
+
+    Without ``standalone_mode`` errors go through, as click has it.
+    """
+    if not options.get("standalone_mode", True):
+        return run(*args, **options)
+    words = list(sys.argv[1:] if words is None else words)
+    own = words[: words.index("--")] if "--" in words else words
+    try:
+        code = run(*args, **{**options, "standalone_mode": False})
+        sys.stdout.flush()
+    except (click.Abort, KeyboardInterrupt):
+        note("Interrupted.")
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        _close_quietly()
+    except Exception as error:
+        if "--debug" in own or os.environ.get("PATCHER_DEBUG", "") not in ("", "0"):
+            traceback.print_exc()
+        sys.exit(_report(_as_ours(error), as_json="--json" in own))
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _close_quietly() -> NoReturn:
+    # Whoever read our output has gone: nobody is left to tell.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(PIPE_CLOSED)
+
+
+def _report(error: PatcherError, *, as_json: bool) -> int:
+    message, cure = clean(error.message), clean(error.cure)
+    note(f"error: {message}", style="red")
+    if cure:
+        note(cure)
+    if as_json:
+        document = {"code": error.code, "message": message, "cure": cure}
+        print_json({"error": {**document, "exit_code": error.exit_code}})
+    return error.exit_code
+
+
+def _as_ours(error: Exception) -> PatcherError:
+    if isinstance(error, PatcherError):
+        return error
+    if isinstance(error, click.ClickException):
+        return _usage(error)
+    if isinstance(error, ModuleNotFoundError) and error.name in ("torch", "transformers", "vllm"):
+        return UsageError(
+            f"{error.name} is not installed.",
+            "Install what computes and serves: pip install 'vllm-patcher[engine]' (or [compute]).",
+        )
+    if isinstance(error, OSError) and error.strerror:
+        where = f": {error.filename}" if error.filename else ""
+        wrong_path = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+        kind = UsageError if isinstance(error, wrong_path) else PatcherError
+        return kind(f"{error.strerror}{where}.")
+    # Not the exception's own words: they might quote the forget set.
+    return PatcherError(
+        f"A defect in patcher: {type(error).__name__} at {_origin(error)}.",
+        "PATCHER_DEBUG=1 shows all of it; please report it.",
+    )
+
+
+def _usage(error: click.ClickException) -> UsageError:
+    context = getattr(error, "ctx", None)
+    cure = f"`{context.command_path} -h` shows how." if context else ""
+    return UsageError(error.format_message(), cure)
+
+
+def _origin(error: Exception) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    last = frames[-1] if frames else None
+    return f"{Path(last.filename).name}:{last.lineno}" if last else "an unknown place"

@@ -1,0 +1,121 @@
+"""Commands that only look at a running engine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from patcher.cli.options import engine_options, json_option
+from patcher.cli.output import facts, note, print_json, short, table
+from patcher.errors import VerificationError
+
+if TYPE_CHECKING:
+    from patcher.client import Engine
+    from patcher.protocol import LedgerEntry, Status
+
+
+@click.command()
+@engine_options
+@json_option
+def status(engine: Engine, as_json: bool) -> None:
+    """Show what is in force, per patch and per module."""
+    answer = engine.status()
+    if as_json:
+        print_json(answer)
+    else:
+        _print_status(answer)
+
+
+@click.command()
+@engine_options
+@json_option
+def verify(engine: Engine, as_json: bool) -> None:
+    """Compare the live weights with what they must be.
+
+    Every rank of the engine reads the weights that it serves and compares them with what the
+    base and the stack must give. Exit code 9 if one differs.
+    """
+    answer = engine.verify()
+    if as_json:
+        print_json(answer)
+    else:
+        rows = sorted(answer["modules"].items())
+        if rows:
+            table(
+                ["module", "live weights"],
+                [(n, "as must be" if ok else "DIFFER") for n, ok in rows],
+            )
+        click.echo(f"{len(rows)} modules read on every rank.")
+    if not answer["ok"]:
+        note("error: the live weights are not what base and stack must give.", style="red")
+        note("Restart the engine: it restores the committed stack from the pristine base.")
+        raise click.exceptions.Exit(VerificationError.exit_code)
+    if not as_json:
+        click.echo("All of them are what base and stack must give.")
+
+
+@click.command()
+@click.option(
+    "--after", type=click.IntRange(min=0), default=0, help="Only entries after this number."
+)
+@engine_options
+@json_option
+def log(engine: Engine, after: int, as_json: bool) -> None:
+    """Show who changed the stack, when and to what."""
+    entries = engine.ledger(after)
+    if as_json:
+        print_json({"entries": entries})
+    elif not entries:
+        click.echo("No entries.")
+    else:
+        table([">#", "time", "event", "what"], [_entry(entry) for entry in entries])
+
+
+def _entry(entry: LedgerEntry) -> tuple[object, ...]:
+    known = ("seq", "time", "event")
+    rest = {name: value for name, value in entry.items() if name not in known}
+    what = " ".join(f"{name}={_brief(value)}" for name, value in rest.items() if value)
+    return entry["seq"], entry["time"], entry["event"], what
+
+
+def _brief(value: object) -> str:
+    if isinstance(value, list):
+        return "[" + " ".join(_brief(one) for one in value) + "]"
+    if isinstance(value, dict):
+        return "{" + " ".join(f"{name}:{_brief(one)}" for name, one in value.items()) + "}"
+    text = str(value)
+    is_digest = len(text) == 64 and all(c in "0123456789abcdef" for c in text)
+    return short(text) if is_digest else text
+
+
+def _print_status(answer: Status) -> None:
+    engine = answer["engine"]
+    facts(
+        [
+            ("engine", f"vLLM {engine['vllm']}, patcher {engine['patcher']}, {engine['platform']}"),
+            ("model", engine["model"]),
+            ("state", f"{engine['state']}, {engine['world_size']} rank(s)"),
+            ("weight version", answer["weight_version"]),
+            ("in force", f"{len(answer['stack'])} patch(es)"),
+        ]
+    )
+    if not answer["stack"]:
+        return
+    click.echo()
+    table(
+        ["patch (top first)", "title", "since", ">modules"],
+        [
+            (short(one["id"]), one["title"], one["since"], len(one["modules"]))
+            for one in reversed(answer["patches"])
+        ],
+    )
+    click.echo()
+    table(
+        ["module", "patches (top first)"],
+        [
+            (name, ", ".join(map(short, reversed(ids))))
+            for name, ids in sorted(answer["modules"].items())
+            if ids
+        ],
+    )

@@ -1,0 +1,105 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import click
+
+from patcher.errors import UsageError
+from patcher.protocol import IN_FLIGHT
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_LONGEST_TOKEN_FILE = 4096  # bytes
+
+existing_file = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+def json_option(command: Command) -> Command:
+    """``--json``: one document on stdout; the function gets ``as_json``."""
+    return click.option(
+        "--json", "as_json", is_flag=True, help="Print one JSON document on stdout, nothing else."
+    )(command)
+
+
+def address_options(*, required: bool) -> Callable[[Command], Command]:
+    """``--engine``, ``--token``, ``--token-file``, as they were given."""
+    url_help = "Root URL of the running engine, like http://127.0.0.1:8000."
+    if not required:
+        url_help += " Without it, only this machine is looked at."
+
+    def decorate(command: Command) -> Command:
+        for option in (
+            click.option(
+                "--token-file",
+                type=existing_file,
+                help="File with an admin token; stands in for --token.",
+            ),
+            click.option(
+                "--token",
+                envvar="PATCHER_TOKEN",
+                show_envvar=True,
+                metavar="TOKEN",
+                help="Admin token of the plugin. Other users of the machine can read a command "
+                "line: the variable or the file is better.",
+            ),
+            click.option(
+                "--engine", envvar="PATCHER_ENGINE", show_envvar=True, metavar="URL", help=url_help
+            ),
+        ):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def engine_options(command: Command) -> Command:
+    """The address of an engine; the function gets ``engine``, an open client."""
+
+    @address_options(required=True)
+    @functools.wraps(command)
+    def connected(
+        *args: Any, engine: str | None, token: str | None, token_file: Path | None, **rest: Any
+    ) -> Any:
+        from patcher.client import Engine
+
+        if not engine:
+            raise UsageError("No engine named.", "Give --engine URL, or set PATCHER_ENGINE.")
+        with Engine(engine, read_token(token, token_file)) as connection:
+            return command(*args, engine=connection, **rest)
+
+    return cast(Command, connected)
+
+
+def change_options(command: Command) -> Command:
+    """``--in-flight`` and ``--reason`` of a change of the stack."""
+    for option in (
+        click.option(
+            "--reason", default="", metavar="TEXT", help="Why, for the ledger. Not secret."
+        ),
+        click.option(
+            "--in-flight",
+            type=click.Choice(IN_FLIGHT),
+            default="recompute",
+            show_default=True,
+            help="Running requests: recompute them under the new weights (none drops), let them "
+            "end first, or abort them.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def read_token(token: str | None, token_file: Path | None) -> str | None:
+    """The token, from its file if one is named."""
+    if token_file is None:
+        return token
+    with token_file.open("rb") as file:
+        content = file.read(_LONGEST_TOKEN_FILE + 1)
+    if len(content) > _LONGEST_TOKEN_FILE or not content.strip():
+        raise UsageError(f"{token_file} holds no token.", "Name the file that `serve` made.")
+    return content.decode("ascii", "replace").strip()

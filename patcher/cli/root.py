@@ -1,0 +1,95 @@
+"""The command's root: its sections, loaded lazily, and the one place where errors end."""
+
+from __future__ import annotations
+
+import difflib
+from importlib import import_module
+from typing import Any
+
+import click
+
+from patcher.cli.guard import guarded
+
+# section -> {command: its module}
+SECTIONS = {
+    "Make a patch": {
+        "compute": "make",
+        "evaluate": "make",
+        "inspect": "make",
+    },
+    "Change a running engine": {
+        "serve": "serve",
+        "apply": "change",
+        "revert": "change",
+    },
+    "Look at a running engine": {
+        "status": "look",
+        "verify": "look",
+        "log": "look",
+    },
+    "Set up": {
+        "doctor": "setup",
+        "completion": "setup",
+    },
+}
+
+
+class Root(click.Group):
+    """A group whose commands are imported when they are asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All the names, in the sections' order."""
+        return [name for section in SECTIONS.values() for name in section]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of that name, or None."""
+        for section in SECTIONS.values():
+            if cmd_name in section:
+                module = import_module(f"patcher.cli.{section[cmd_name]}")
+                command: click.Command = getattr(module, cmd_name)
+                return command
+        return None
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Like click's, and suggests a name for one that doesn't exist."""
+        names = self.list_commands(ctx)
+        if not args[0].startswith("-") and args[0] not in names and not ctx.resilient_parsing:
+            near = difflib.get_close_matches(args[0], names, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise click.UsageError(f"No such command {args[0]!r}.{hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The commands under their sections' headings."""
+        width = max(map(len, self.list_commands(ctx)))
+        for heading, section in SECTIONS.items():
+            rows = []
+            for name in section:
+                command = self.get_command(ctx, name)
+                assert command is not None
+                rows.append((name.ljust(width), command.get_short_help_str(90)))
+            with formatter.section(heading):
+                formatter.write_dl(rows)
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Run it; every way of ending becomes an exit code (see :mod:`patcher.cli.guard`)."""
+        words = options.get("args", args[0] if args else None)
+        return guarded(super().main, words, *args, **options)
+
+
+@click.group(
+    cls=Root,
+    name="patcher",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(
+    package_name="vllm-patcher", prog_name="patcher", message="%(prog)s %(version)s"
+)
+@click.option("--debug", is_flag=True, help="Show where an error comes from (or PATCHER_DEBUG=1).")
+def cli(debug: bool) -> None:
+    """Livepatch for the weights of a served language model.
+
+    Make it forget while it serves, and take that back to the bit.
+    """

@@ -1,0 +1,350 @@
+"""The HTTP client of an engine that runs the plugin: what the CLI and other programs use.
+
+The protocol is ``docs/protocol.md``. Answers are plain dictionaries, typed here by the
+fields that they have at least; a newer engine may send more. Every error is one of
+:mod:`patcher.errors`; the token is in none of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, cast
+
+import httpx
+
+from patcher.address import checked_token, checked_url, host_of, is_loopback
+from patcher.errors import (
+    AlreadyAppliedError,
+    AmbiguousIdError,
+    EngineUnreachableError,
+    PatcherError,
+    PermissionDeniedError,
+    UnknownPatchError,
+    UsageError,
+    by_code,
+)
+from patcher.protocol import (
+    ROUTE,
+    SHORTEST_ID,
+    Change,
+    InFlight,
+    LedgerEntry,
+    Status,
+    StoredPatch,
+    Uploaded,
+    Verification,
+)
+
+if TYPE_CHECKING:
+    from patcher.patch import Patch
+
+PatchSource: TypeAlias = "Patch | bytes | str | PathLike[str]"
+
+_CONNECT_S = 5.0
+# A change may wait for running requests to end (``drain``), a check reads whole weights.
+_CHANGE_S = 3600.0
+_VERIFY_S = 600.0
+_NO_PLUGIN = (
+    "Start it with `patcher serve`, or set VLLM_PLUGINS=patcher for `vllm serve`; "
+    "`patcher doctor --engine URL` looks closer."
+)
+
+
+class Engine:
+    """A running engine, spoken to over HTTP.
+
+    ``url`` is the server's root (not its ``/v1``), by default ``PATCHER_ENGINE``; ``token``
+    an admin token of the plugin (never vLLM's API key), by default ``PATCHER_TOKEN``.
+    ``timeout`` is how many seconds an answer may take; changes of the stack wait up to an
+    hour, because draining may last.
+
+    >>> import patcher
+    >>> with patcher.Engine("http://127.0.0.1:8000", token="...") as engine:  # doctest: +SKIP
+    ...     change = engine.apply("forget.st", reason="request 17")
+    ...     engine.verify()["ok"]
+    ...     engine.revert(change["stack"][-1])
+    True
+
+    Raises :class:`~patcher.errors.UsageError` for a URL or token that can't be one. Every
+    method raises :class:`~patcher.errors.EngineUnreachableError` when nothing answers at the
+    URL or what answers has no plugin, and :class:`~patcher.errors.PermissionDeniedError`
+    when the token is missing, unknown or too weak.
+    """
+
+    def __init__(
+        self, url: str | None = None, token: str | None = None, *, timeout: float = 30.0
+    ) -> None:
+        self.url = checked_url(url or os.environ.get("PATCHER_ENGINE") or "")
+        token = checked_token(token or os.environ.get("PATCHER_TOKEN") or "")
+        self._timeout = timeout
+        self._client = httpx.Client(
+            headers={"Authorization": f"Bearer {token}"} if token else {},
+            timeout=httpx.Timeout(timeout, connect=min(timeout, _CONNECT_S)),
+            # Servers drop idle connections after five seconds: be first.
+            limits=httpx.Limits(keepalive_expiry=2.0),
+            # An engine on this very machine is never reached through the environment's proxy.
+            mounts={f"all://{host_of(self.url)}": None} if is_loopback(self.url) else {},
+        )
+
+    def __repr__(self) -> str:
+        return f"Engine({self.url!r})"
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the connections back. The object can't be used afterwards."""
+        self._client.close()
+
+    def status(self) -> Status:
+        """What is in force, per patch and per module, and since when."""
+        return cast(Status, self._call("GET", "status", ("engine", "stack", "weight_version")))
+
+    def upload(self, patch: PatchSource) -> Uploaded:
+        """Give the engine a patch without putting it in force; again is fine.
+
+        Raises :class:`~patcher.errors.InvalidPatchError` before any request if the file is
+        damaged.
+        """
+        return self._upload(_read(patch))
+
+    def patches(self) -> list[StoredPatch]:
+        """The patches that the engine holds, in force or not."""
+        return cast("list[StoredPatch]", self._call("GET", "patches", ("patches",))["patches"])
+
+    def download(self, patch_id: str) -> Patch:
+        """The patch of that (whole) id, as the engine holds it."""
+        from patcher.patch import Patch
+
+        return Patch.from_bytes(self._request("GET", f"patches/{_whole_id(patch_id)}").content)
+
+    def apply(
+        self, *patches: PatchSource, in_flight: InFlight = "recompute", reason: str = ""
+    ) -> Change:
+        """Upload patches (paths, bytes or :class:`~patcher.Patch`) and put them on the top.
+
+        All of them or none, in one change. Files are read and checked before the first
+        request. ``in_flight`` says what happens to running requests: ``recompute`` (they go
+        on, recomputed under the new weights), ``drain`` (they end first), ``abort``.
+
+        Raises :class:`~patcher.errors.InvalidPatchError`,
+        :class:`~patcher.errors.AlreadyAppliedError`,
+        :class:`~patcher.errors.BaseMismatchError`,
+        :class:`~patcher.errors.StackConflictError` (somebody else changed the stack
+        meanwhile), :class:`~patcher.errors.EngineRefusedError` (rolled back).
+        """
+        if not patches:
+            raise UsageError("No patch to apply.", "Name at least one patch file.")
+        read = [_read(patch) for patch in patches]
+        status = self.status()
+        wanted = list(status["stack"])
+        for patch in read:
+            if patch.id in wanted:
+                raise AlreadyAppliedError(
+                    f"Patch {patch.id[:12]} is in force already.",
+                    "Nothing was changed; leave it out.",
+                )
+            wanted.append(patch.id)
+        for patch in read:
+            self._upload(patch)
+        return self.set_stack(
+            wanted, expect=status["weight_version"], in_flight=in_flight, reason=reason
+        )
+
+    def revert(
+        self,
+        *ids: str,
+        all: bool = False,  # noqa: A002 - the command's own word
+        in_flight: InFlight = "recompute",
+        reason: str = "",
+    ) -> Change:
+        """Take patches out of the stack, from anywhere in it; ``all`` gives the base back.
+
+        Ids may be shortened to four hexadecimal digits or more while only one patch of the
+        stack begins with them.
+
+        Raises :class:`~patcher.errors.UnknownPatchError`,
+        :class:`~patcher.errors.AmbiguousIdError`, and what :meth:`apply` raises for changes.
+        """
+        if all == bool(ids):
+            raise UsageError("Say which patches to revert.", "Give their ids, or ask for all.")
+        status = self.status()
+        gone = set(status["stack"] if all else resolve(ids, status["stack"]))
+        return self.set_stack(
+            [one for one in status["stack"] if one not in gone],
+            expect=status["weight_version"],
+            in_flight=in_flight,
+            reason=reason,
+        )
+
+    def set_stack(
+        self,
+        stack: Sequence[str],
+        *,
+        expect: str,
+        in_flight: InFlight = "recompute",
+        reason: str = "",
+    ) -> Change:
+        """Make the stack exactly ``stack`` (whole ids, the bottom first).
+
+        ``expect`` is the weight version that the wish is based on: the engine refuses with
+        :class:`~patcher.errors.StackChangedError` if it isn't the current one any more.
+        """
+        answer = self._call(
+            "PUT",
+            "stack",
+            ("stack", "weight_version", "seconds", "pause_ms"),
+            wait=_CHANGE_S,
+            headers={"If-Match": f'"{expect}"'},
+            json={"stack": list(stack), "in_flight": in_flight, "reason": reason},
+        )
+        return cast(Change, answer)
+
+    def verify(self) -> Verification:
+        """Have every rank read its live weights and compare them with what they must be.
+
+        Doesn't raise when they differ: look at ``ok``.
+        """
+        return cast(Verification, self._call("POST", "verify", ("ok", "modules"), wait=_VERIFY_S))
+
+    def ledger(self, after: int = 0) -> list[LedgerEntry]:
+        """Who changed the stack, when and to what: the entries after number ``after``."""
+        answer = self._call("GET", "ledger", ("entries",), params={"after": after})
+        return cast("list[LedgerEntry]", answer["entries"])
+
+    def _upload(self, patch: Patch) -> Uploaded:
+        kind = {"Content-Type": "application/octet-stream"}
+        answer = self._call("POST", "patches", ("id",), headers=kind, content=patch.data)
+        return cast(Uploaded, answer)
+
+    def _call(self, method: str, path: str, needs: Iterable[str], **options: Any) -> dict[str, Any]:
+        # A JSON object with at least the fields `needs`.
+        answer = _json_object(self._request(method, path, **options))
+        if answer is None or any(field not in answer for field in needs):
+            raise EngineUnreachableError(
+                f"{self.url} answered {method} {path}, but not in patcher's protocol.",
+                "Is something else answering at that URL, or a plugin of another version?",
+            )
+        return answer
+
+    def _request(
+        self, method: str, path: str, *, wait: float | None = None, **options: Any
+    ) -> httpx.Response:
+        if wait is not None:
+            limit = httpx.Timeout(self._timeout, read=wait, connect=min(self._timeout, _CONNECT_S))
+            options["timeout"] = limit
+        try:
+            answer = self._client.request(method, f"{self.url}{ROUTE}/{path}", **options)
+        except httpx.HTTPError as error:
+            # "from None": a transport's exception carries the request, and that the token.
+            raise self._no_answer(method, error) from None
+        if answer.is_success:
+            return answer
+        self._refused(answer)
+
+    def _no_answer(self, method: str, error: httpx.HTTPError) -> EngineUnreachableError:
+        sent = not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
+        if method == "PUT" and sent:
+            cure = (
+                "Whether the change was made is not known: look with `patcher status`. "
+                "Asking again is safe."
+            )
+        else:
+            cure = "Is the engine running, and is this its URL?"
+        why = "it took too long" if isinstance(error, httpx.TimeoutException) else str(error)
+        return EngineUnreachableError(f"No answer from {self.url} ({why or 'no reason'}).", cure)
+
+    def _refused(self, answer: httpx.Response) -> NoReturn:
+        # RFC 9457 from the plugin; anything else came from something in front or instead of it.
+        problem = _json_object(answer) or {}
+        code = _problem_code(problem)
+        detail, cure = str(problem.get("detail") or ""), str(problem.get("cure") or "")
+        if code and by_code(code) is not PatcherError:
+            raise by_code(code)(detail or code, cure)
+        if answer.status_code in (401, 403):
+            raise PermissionDeniedError(
+                detail or f"{self.url} refused the token.",
+                "Set PATCHER_TOKEN to an admin token of the plugin (`patcher serve` prints the "
+                "path of the first one); vLLM's API key opens nothing here.",
+            )
+        if code:
+            raise PatcherError(detail or f"The engine answered {code}.", cure)
+        if answer.status_code == 404:
+            raise EngineUnreachableError(
+                f"A server answers at {self.url}, but the patcher plugin is not loaded in it.",
+                _NO_PLUGIN,
+            )
+        raise EngineUnreachableError(
+            f"{self.url} answered HTTP {answer.status_code}, not in patcher's protocol.",
+            "Look at the log of the engine, and of any proxy in front of it.",
+        )
+
+
+def resolve(prefixes: Iterable[str], stack: Sequence[str]) -> list[str]:
+    """The whole ids of a stack that shortened ones mean.
+
+    Raises :class:`~patcher.errors.UsageError` for what can't be an id,
+    :class:`~patcher.errors.UnknownPatchError` and
+    :class:`~patcher.errors.AmbiguousIdError`.
+
+    >>> resolve(["beef"], ["beef" + 60 * "0", "cafe" + 60 * "0"]) == ["beef" + 60 * "0"]
+    True
+    """
+    return [_resolve(prefix.strip().lower(), stack) for prefix in prefixes]
+
+
+def _resolve(prefix: str, stack: Sequence[str]) -> str:
+    if not (SHORTEST_ID <= len(prefix) <= 64 and all(c in "0123456789abcdef" for c in prefix)):
+        raise UsageError(
+            f"{prefix!r} is not a patch id.",
+            f"An id is 64 hexadecimal digits; {SHORTEST_ID} will do while they are unambiguous.",
+        )
+    found = [one for one in stack if one.startswith(prefix)]
+    if not found:
+        raise UnknownPatchError(
+            f"No patch {prefix} is in force.", "`patcher status` lists those that are."
+        )
+    if len(found) > 1:
+        names = ", ".join(one[: len(prefix) + 8] for one in found)
+        raise AmbiguousIdError(f"{prefix} could be any of {names}.", "Write more of the id.")
+    return found[0]
+
+
+def _whole_id(patch_id: str) -> str:
+    if len(patch_id) != 64 or any(c not in "0123456789abcdef" for c in patch_id):
+        raise UsageError(f"{patch_id!r} is not a whole patch id.", "It has 64 hexadecimal digits.")
+    return patch_id
+
+
+def _read(source: PatchSource) -> Patch:
+    from patcher.patch import Patch
+
+    if isinstance(source, Patch):
+        return source
+    return Patch.from_bytes(source) if isinstance(source, bytes) else Patch.read(source)
+
+
+def _json_object(answer: httpx.Response) -> dict[str, Any] | None:
+    try:
+        value = answer.json()
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _problem_code(problem: Mapping[str, Any]) -> str:
+    code, kind = problem.get("code"), problem.get("type")
+    if not isinstance(code, str) and isinstance(kind, str):
+        code = kind.removeprefix("urn:patcher:error:") if kind.startswith("urn:patcher:") else ""
+    return code if isinstance(code, str) else ""

@@ -1,0 +1,96 @@
+"""The words of the engine's protocol: where it lives and what its answers have at least.
+
+The whole of it is ``docs/protocol.md``.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias, TypedDict, get_args
+
+ROUTE = "/plugins/patcher/v1"
+SHORTEST_ID = 4  # hex digits of an id that a person may type
+
+InFlight: TypeAlias = Literal["recompute", "drain", "abort"]
+IN_FLIGHT: tuple[InFlight, ...] = get_args(InFlight)
+
+
+class EngineInfo(TypedDict):
+    """What serves."""
+
+    vllm: str
+    patcher: str
+    model: str
+    platform: str
+    world_size: int
+    state: str
+
+
+class PatchInForce(TypedDict):
+    """A patch of the stack; ``modules`` maps each module to its rank."""
+
+    id: str
+    title: str
+    since: str
+    modules: dict[str, int]
+
+
+class Process(TypedDict):
+    """A process of the engine and the version of the plugin in it (null: none)."""
+
+    rank: int
+    pid: int
+    plugin: str | None
+
+
+class Status(TypedDict):
+    """``base``: module -> digest of its pristine weights; ``stack``: ids, the bottom first."""
+
+    engine: EngineInfo
+    base: dict[str, str]
+    stack: list[str]
+    weight_version: str
+    patches: list[PatchInForce]
+    modules: dict[str, list[str]]
+    processes: list[Process]
+
+
+class Uploaded(TypedDict):
+    """A patch that the engine holds now; ``modules`` as in :class:`PatchInForce`."""
+
+    id: str
+    bytes: int
+    modules: dict[str, int]
+
+
+class StoredPatch(TypedDict):
+    """A patch that the engine holds, in force or not."""
+
+    id: str
+    title: str
+    bytes: int
+    created: str
+    in_force: bool
+
+
+class Change(TypedDict):
+    """The stack after a change. ``seconds``: all of it; ``pause_ms``: how long nothing ran."""
+
+    stack: list[str]
+    weight_version: str
+    seconds: float
+    pause_ms: float
+
+
+class Verification(TypedDict):
+    """``modules``: whether each live weight is what (base, stack) must give, on every rank."""
+
+    ok: bool
+    modules: dict[str, bool]
+
+
+class LedgerEntry(TypedDict):
+    """One entry of the ledger; what else it has depends on its ``event``."""
+
+    seq: int
+    time: str
+    event: str
