@@ -1,0 +1,5 @@
+"""``python -m patcher`` is the ``patcher`` command."""
+
+from patcher.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""The half of patcher that lives inside vLLM: plugin, routes, store, workers."""

@@ -1,0 +1,174 @@
+"""The HTTP protocol of ``docs/protocol.md``: words and status codes, no logic."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Literal
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from patcher.engine.auth import Role, authorise
+from patcher.engine.service import PatchService
+from patcher.errors import (
+    EngineRefusedError,
+    InvalidPatchError,
+    PatcherError,
+    StackChangedError,
+    UsageError,
+)
+from patcher.patch.container import MAX_FILE_BYTES
+
+PREFIX = "/plugins/patcher/v1"
+MAX_BODY_BYTES = 1 << 20  # of a request that isn't a patch
+logger = logging.getLogger("vllm.patcher")
+Answer = Callable[[PatchService, Request, str], Awaitable[Response]]
+
+
+class StackWanted(BaseModel):
+    """The body of ``PUT stack``: the ids wanted, bottom first."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    stack: list[str] = Field(max_length=4096)
+    in_flight: Literal["recompute", "drain", "abort"] = "recompute"
+    reason: str = Field(default="", max_length=1024)
+
+
+def problem(error: PatcherError) -> JSONResponse:
+    """The error as ``application/problem+json`` (RFC 9457)."""
+    body = {
+        "type": f"urn:patcher:error:{error.code}",
+        "title": error.code.replace("-", " "),
+        "status": error.http_status,
+        "detail": error.message,
+        "cure": error.cure,
+        "code": error.code,
+    }
+    headers = {"WWW-Authenticate": "Bearer"} if error.http_status == 401 else None
+    return JSONResponse(body, error.http_status, headers, media_type="application/problem+json")
+
+
+def _guarded(role: Role, answer: Answer) -> Callable[[Request], Awaitable[Response]]:
+    """Check the token, then answer; every error becomes a problem document."""
+
+    async def endpoint(request: Request) -> Response:
+        try:
+            service: PatchService | None = getattr(request.app.state, "patcher", None)
+            if service is None:
+                reason = getattr(request.app.state, "patcher_off", "it is still starting")
+                raise EngineRefusedError(f"patcher is off on this server: {reason}.")
+            actor = authorise(service.store, request.headers.get("authorization"), role)
+            return await answer(service, request, actor)
+        except PatcherError as error:
+            return problem(error)
+        except Exception:
+            logger.exception("patcher: unforeseen error in %s", request.url.path)
+            return problem(PatcherError("An unforeseen error; the server's log has it."))
+
+    return endpoint
+
+
+async def _body(request: Request, limit: int) -> bytes:
+    data = bytearray()
+    async for chunk in request.stream():
+        data += chunk
+        if len(data) > limit:
+            raise InvalidPatchError(f"The body is larger than {limit} bytes.", "Send less.")
+    return bytes(data)
+
+
+async def _status(service: PatchService, request: Request, actor: str) -> Response:
+    return JSONResponse(await service.status())
+
+
+async def _upload(service: PatchService, request: Request, actor: str) -> Response:
+    data = await _body(request, MAX_FILE_BYTES)
+    patch, added = await asyncio.to_thread(service.upload, data, actor)
+    ranks = {name: delta.rank for name, delta in patch.deltas.items()}
+    body = {"id": patch.id, "bytes": len(data), "modules": ranks}
+    return JSONResponse(body, 201 if added else 200)
+
+
+async def _patches(service: PatchService, request: Request, actor: str) -> Response:
+    in_force = service.store.in_force().ids
+    listed = [
+        {"id": p.id, "title": p.title, "bytes": p.bytes, "stored": p.stored}
+        | {"in_force": p.id in in_force}
+        for p in service.store.patches()
+    ]
+    return JSONResponse({"patches": listed})
+
+
+async def _patch(service: PatchService, request: Request, actor: str) -> Response:
+    data = service.store.patch_bytes(request.path_params["patch_id"])
+    return Response(data, media_type="application/octet-stream")
+
+
+async def _put_stack(service: PatchService, request: Request, actor: str) -> Response:
+    try:
+        wanted = StackWanted.model_validate_json(await _body(request, MAX_BODY_BYTES))
+    except ValidationError as error:
+        fields = ", ".join(".".join(map(str, e["loc"])) or "body" for e in error.errors())
+        raise UsageError(f"The body is not a stack: {fields}.", "See docs/protocol.md.") from None
+    if_match = request.headers.get("if-match", "").strip().strip('"')
+    if not if_match:
+        raise _PreconditionRequiredError(
+            "If-Match is missing.", "Send the weight version that `GET status` gave."
+        )
+    # A client that hangs up must not leave a change half-way.
+    change = asyncio.ensure_future(
+        service.change(
+            wanted.stack,
+            if_match=if_match,
+            in_flight=wanted.in_flight,
+            actor=actor,
+            reason=wanted.reason,
+        )
+    )
+    outcome = await asyncio.shield(change)
+    return JSONResponse(outcome.as_dict(), headers={"ETag": f'"{outcome.stack.version}"'})
+
+
+class _PreconditionRequiredError(StackChangedError):
+    http_status = 428
+
+
+async def _verify(service: PatchService, request: Request, actor: str) -> Response:
+    return JSONResponse(await service.verify())
+
+
+async def _ledger(service: PatchService, request: Request, actor: str) -> Response:
+    after = request.query_params.get("after", "0")
+    if not (after.isascii() and after.isdigit() and len(after) < 16):
+        raise UsageError("`after` is not a number.", "Give the last seq that you have.")
+    entries = await asyncio.to_thread(service.store.ledger, int(after))
+    return JSONResponse({"entries": entries})
+
+
+_TABLE: tuple[tuple[str, str, Role, Answer], ...] = (
+    ("GET", "/status", Role.read, _status),
+    ("POST", "/patches", Role.apply, _upload),
+    ("GET", "/patches", Role.read, _patches),
+    ("GET", "/patches/{patch_id}", Role.read, _patch),
+    ("PUT", "/stack", Role.apply, _put_stack),
+    ("POST", "/verify", Role.read, _verify),
+    ("GET", "/ledger", Role.read, _ledger),
+)
+
+
+def router() -> APIRouter:
+    """All routes, each behind a token."""
+    routes = APIRouter(prefix=PREFIX, tags=["patcher"])
+    for method, path, role, answer in _TABLE:
+        routes.add_api_route(
+            path,
+            _guarded(role, answer),
+            methods=[method],
+            response_model=None,
+            name=answer.__name__.strip("_"),
+        )
+    return routes

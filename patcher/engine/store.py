@@ -1,0 +1,301 @@
+"""Durable state of one served model: patches, stack, ledger and tokens in one SQLite database.
+
+Several API-server processes share it. Every write is a transaction of its own with
+``synchronous=FULL``, so what returned is on disk. Changes of the stack are serialised
+by :meth:`Store.exclusive`, a lock that dies with the process that held it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import sqlite3
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from patcher.engine.stack import Stack
+from patcher.errors import EngineRefusedError, StackConflictError, UnknownPatchError
+from patcher.patch import Manifest, Patch
+
+SCHEMA_VERSION = 1
+LOCK_PATIENCE = 60.0  # seconds that a change waits for another one
+GENESIS = "0" * 64  # what the ledger's first entry follows
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS patches (
+  id TEXT PRIMARY KEY, title TEXT NOT NULL, stored TEXT NOT NULL, data BLOB NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS stack (
+  position INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE REFERENCES patches, since TEXT NOT NULL)
+  STRICT;
+CREATE TABLE IF NOT EXISTS ledger (
+  seq INTEGER PRIMARY KEY, time TEXT NOT NULL, event TEXT NOT NULL, detail TEXT NOT NULL,
+  previous TEXT NOT NULL, hash TEXT NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS tokens (
+  name TEXT PRIMARY KEY, role TEXT NOT NULL, hash TEXT NOT NULL UNIQUE, created TEXT NOT NULL)
+  STRICT;
+"""
+
+
+@dataclass(frozen=True)
+class StoredPatch:
+    """What a listing tells of a patch; ``bytes`` is the size of the file."""
+
+    id: str
+    title: str
+    stored: str
+    bytes: int
+
+
+def now() -> str:
+    """The time in UTC, RFC 3339 with milliseconds."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def chain(previous: str, seq: int, moment: str, event: str, detail: str) -> str:
+    """The hash of a ledger entry: sha256 over its predecessor's hash and its own fields."""
+    entry = json.dumps([previous, seq, moment, event, detail], separators=(",", ":"))
+    return hashlib.sha256(entry.encode()).hexdigest()
+
+
+class Store:
+    """The state folder (mode 0700) and the database in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._manifests: dict[str, Manifest] = {}
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with self._transaction() as db:
+                for statement in _SCHEMA.split(";"):
+                    db.execute(statement)
+                db.execute(
+                    "INSERT OR IGNORE INTO meta VALUES ('schema', ?)", (str(SCHEMA_VERSION),)
+                )
+            self.path.chmod(0o600)
+        except (OSError, sqlite3.Error) as error:
+            raise EngineRefusedError(
+                f"The state folder {folder} can't be used: {error}.",
+                "Give a folder that the server may write with --state or PATCHER_STATE.",
+            ) from error
+        found = self._meta("schema")
+        if found != str(SCHEMA_VERSION):
+            raise EngineRefusedError(
+                f"The state in {folder} has schema {found}; this version reads {SCHEMA_VERSION}.",
+                "Use the patcher that wrote it, or another state folder.",
+            )
+
+    @property
+    def path(self) -> Path:
+        """The database file."""
+        return self.folder / "patcher.sqlite3"
+
+    # -- connections -------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _connection(self) -> Iterator[sqlite3.Connection]:
+        db = sqlite3.connect(self.path, timeout=30, isolation_level=None)
+        try:
+            db.execute("PRAGMA journal_mode=WAL")
+            db.execute("PRAGMA synchronous=FULL")
+            db.execute("PRAGMA foreign_keys=ON")
+            yield db
+        finally:
+            db.close()
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._connection() as db:
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                yield db
+            except BaseException:
+                db.execute("ROLLBACK")
+                raise
+            db.execute("COMMIT")
+
+    def _meta(self, key: str) -> str | None:
+        with self._connection() as db:
+            row = db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return None if row is None else str(row[0])
+
+    @contextlib.contextmanager
+    def exclusive(self, patience: float = LOCK_PATIENCE) -> Iterator[None]:
+        """Hold the right to change the stack, across processes.
+
+        Raises :class:`StackConflictError` when another change holds it for ``patience`` seconds.
+        """
+        handle = os.open(self.folder / "change.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        deadline = time.monotonic() + patience
+        try:
+            while True:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise StackConflictError(
+                            f"Another change has been under way for {patience:.0f} s.",
+                            "Look at `patcher status`, then try again.",
+                        ) from None
+                    time.sleep(0.02)
+            yield
+        finally:
+            os.close(handle)
+
+    # -- patches -----------------------------------------------------------------------------
+
+    def add_patch(self, patch: Patch, actor: str) -> bool:
+        """Store ``patch``; False where it was there already."""
+        with self._transaction() as db:
+            added = db.execute(
+                "INSERT OR IGNORE INTO patches VALUES (?, ?, ?, ?)",
+                (patch.id, patch.manifest.title, now(), patch.data),
+            ).rowcount
+            if added:
+                self._append(db, "patch-stored", {"patch": patch.id, "actor": actor})
+        return bool(added)
+
+    def patch_bytes(self, patch_id: str) -> bytes:
+        """The file's bytes, checked against their id.
+
+        Raises :class:`UnknownPatchError` where there is none, and
+        :class:`EngineRefusedError` where the stored bytes were damaged.
+        """
+        with self._connection() as db:
+            row = db.execute("SELECT data FROM patches WHERE id = ?", (patch_id,)).fetchone()
+        if row is None:
+            raise UnknownPatchError(
+                f"The engine holds no patch {patch_id[:16]}.", "List them with `patcher status`."
+            )
+        data = bytes(row[0])
+        if hashlib.sha256(data).hexdigest() != patch_id:
+            raise EngineRefusedError(
+                f"The stored bytes of patch {patch_id[:16]} are damaged.",
+                "Restore the state folder from a backup, or start with --no-restore.",
+            )
+        return data
+
+    def patches(self) -> list[StoredPatch]:
+        """All stored patches, oldest first."""
+        with self._connection() as db:
+            rows = db.execute(
+                "SELECT id, title, stored, length(data) FROM patches ORDER BY stored, id"
+            ).fetchall()
+        return [StoredPatch(*row) for row in rows]
+
+    def manifests(self) -> dict[str, Manifest]:
+        """The manifest of every stored patch; each is read once, since an id never changes."""
+        for stored in self.patches():
+            if stored.id not in self._manifests:
+                self._manifests[stored.id] = Patch.from_bytes(self.patch_bytes(stored.id)).manifest
+        return dict(self._manifests)
+
+    # -- stack -------------------------------------------------------------------------------
+
+    def committed(self) -> Stack:
+        """The stack that was last committed, in force or not."""
+        return Stack(tuple(patch_id for patch_id, _ in self.since()))
+
+    def since(self) -> list[tuple[str, str]]:
+        """Each committed id with the time since which it is in force."""
+        with self._connection() as db:
+            return [
+                (str(i), str(t))
+                for i, t in db.execute("SELECT id, since FROM stack ORDER BY position")
+            ]
+
+    def in_force(self) -> Stack:
+        """The stack that the engine must be serving: nothing after a start without restore."""
+        return Stack() if self.suspended else self.committed()
+
+    @property
+    def suspended(self) -> bool:
+        """Whether this start left the committed stack out (``--no-restore``)."""
+        return self._meta("suspended") == "1"
+
+    def suspend(self, suspended: bool, event: str, detail: dict[str, Any]) -> None:
+        """Record a start: with the committed stack, or without it."""
+        with self._transaction() as db:
+            db.execute(
+                "INSERT OR REPLACE INTO meta VALUES ('suspended', ?)", ("1" if suspended else "0",)
+            )
+            self._append(db, event, detail)
+
+    def commit(self, stack: Stack, event: str, detail: dict[str, Any]) -> None:
+        """Make ``stack`` the committed one and append the outcome, in one transaction."""
+        with self._transaction() as db:
+            since = dict(db.execute("SELECT id, since FROM stack").fetchall())
+            moment = now()
+            db.execute("DELETE FROM stack")
+            db.executemany(
+                "INSERT INTO stack VALUES (?, ?, ?)",
+                [(p, i, since.get(i, moment)) for p, i in enumerate(stack.ids)],
+            )
+            db.execute("INSERT OR REPLACE INTO meta VALUES ('suspended', '0')")
+            self._append(db, event, detail)
+
+    # -- ledger ------------------------------------------------------------------------------
+
+    def record(self, event: str, detail: dict[str, Any]) -> int:
+        """Append an entry and return its number."""
+        with self._transaction() as db:
+            return self._append(db, event, detail)
+
+    @staticmethod
+    def _append(db: sqlite3.Connection, event: str, detail: dict[str, Any]) -> int:
+        last = db.execute("SELECT seq, hash FROM ledger ORDER BY seq DESC LIMIT 1").fetchone()
+        seq, previous = (last[0] + 1, last[1]) if last else (1, GENESIS)
+        moment = now()
+        text = json.dumps(detail, sort_keys=True, separators=(",", ":"))
+        db.execute(
+            "INSERT INTO ledger VALUES (?, ?, ?, ?, ?, ?)",
+            (seq, moment, event, text, previous, chain(previous, seq, moment, event, text)),
+        )
+        return int(seq)
+
+    def ledger(self, after: int = 0) -> list[dict[str, Any]]:
+        """The entries with a number above ``after``, oldest first."""
+        with self._connection() as db:
+            rows = db.execute(
+                "SELECT seq, time, event, detail, previous, hash FROM ledger WHERE seq > ?"
+                " ORDER BY seq",
+                (after,),
+            ).fetchall()
+        keys = ("seq", "time", "event", "detail", "previous", "hash")
+        return [{**dict(zip(keys, row, strict=True)), "detail": json.loads(row[3])} for row in rows]
+
+    def interrupted(self) -> dict[str, Any] | None:
+        """The intent of a change that neither finished nor failed, or None."""
+        changes = [e for e in self.ledger() if e["event"].startswith("change-")]
+        if changes and changes[-1]["event"] == "change-intent":
+            return changes[-1]
+        return None
+
+    # -- tokens ------------------------------------------------------------------------------
+
+    def set_token(self, name: str, role: str, token: str) -> None:
+        """Store the hash of ``token`` under ``name``, in place of what was there."""
+        digest = hashlib.sha256(token.encode()).hexdigest()
+        with self._transaction() as db:
+            found = db.execute("SELECT hash FROM tokens WHERE name = ?", (name,)).fetchone()
+            if found is not None and found[0] == digest:
+                return
+            db.execute(
+                "INSERT OR REPLACE INTO tokens VALUES (?, ?, ?, ?)", (name, role, digest, now())
+            )
+            self._append(db, "token-set", {"name": name, "role": role})
+
+    def token_owner(self, token: str) -> tuple[str, str] | None:
+        """``(name, role)`` of the token, or None where nobody has it."""
+        digest = hashlib.sha256(token.encode()).hexdigest()
+        with self._connection() as db:
+            row = db.execute("SELECT name, role FROM tokens WHERE hash = ?", (digest,)).fetchone()
+        return None if row is None else (str(row[0]), str(row[1]))

@@ -1,0 +1,266 @@
+"""What each rank does: hold patches, stage folded weights, commit or roll back, verify.
+
+The functions named ``patcher_*`` become methods of vLLM's workers and are called through
+``collective_rpc``. They take plain values and bytes, never raise, and answer with a dict
+that echoes the caller's nonce: vLLM does not drain replies after an exception, so one that
+escaped would leave every later reply off by one.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Concatenate, ParamSpec
+
+import torch
+
+from patcher import __version__
+from patcher.engine.vllm_adapter import Site, Staged, find_site, fold_device, install_on_workers
+from patcher.errors import EngineRefusedError, PatcherError
+from patcher.kernels import LowRank, digest, fold
+from patcher.patch import ModuleBase, Patch
+from patcher.patch.fingerprint import check_module
+
+P = ParamSpec("P")
+Reply = dict[str, Any]
+
+
+@dataclass
+class _Change:
+    """A change under way on this rank."""
+
+    id: str
+    stack: tuple[str, ...]
+    staged: dict[str, Staged] = field(default_factory=dict)
+    bases: dict[str, torch.Tensor] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+    committed: bool = False
+
+
+class RankState:
+    """One rank's patches, pristine bases and stack in force."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+        self.patches: dict[str, Patch] = {}
+        self.bases: dict[str, torch.Tensor] = {}  # host copies, of patched modules only
+        self.stack: tuple[str, ...] = ()
+        self.before: tuple[str, ...] = ()
+        self.change: _Change | None = None
+
+    def begin(self, change_id: str, stack: tuple[str, ...]) -> None:
+        """Start a change to ``stack``; one left over by a caller that died is rolled back."""
+        if self.change is not None:
+            self.roll_back(self.change.id)
+        missing = [i for i in stack if i not in self.patches]
+        if missing:
+            raise EngineRefusedError(f"This rank lacks patch {missing[0][:16]}.", "Try again.")
+        self.change = _Change(change_id, stack)
+
+    def current(self, change_id: str) -> _Change:
+        """The change under way, which must be ``change_id``."""
+        if self.change is None or self.change.id != change_id:
+            raise EngineRefusedError("Another change took this one's place.", "Try again.")
+        return self.change
+
+    def stage(self, change_id: str, name: str) -> bool:
+        """Fold module ``name`` beside the live weight; False where this rank doesn't hold it."""
+        change = self.current(change_id)
+        site = find_site(self.model, name)
+        if site is None:
+            return False
+        base = self.bases[name] if name in self.bases else site.read()
+        for patch_id in change.stack:
+            modules = self.patches[patch_id].manifest.base.modules
+            if name in modules:
+                _check_base(name, modules[name], base, site)
+        weight = self.folded(name, base, change.stack, site)
+        if not bool(torch.isfinite(weight).all()):
+            raise EngineRefusedError(
+                f"The folded weight of {name} is not finite.",
+                "The patches overflow the served dtype together; leave one out.",
+            )
+        staged = site.stage(weight)
+        change.digests[name] = digest(weight)
+        if digest(staged.read()) != change.digests[name]:
+            raise EngineRefusedError(f"What was staged for {name} reads back differently.")
+        change.bases[name] = base
+        change.staged[name] = staged
+        return True
+
+    def folded(
+        self, name: str, base: torch.Tensor, stack: tuple[str, ...], site: Site
+    ) -> torch.Tensor:
+        """What ``stack`` makes of this rank's columns of module ``name``."""
+        columns = site.columns
+        deltas = [
+            self.patches[i].deltas[name].to_torch().columns(columns.start, columns.stop)
+            for i in stack
+            if name in self.patches[i].deltas
+        ]
+        return _fold_on(fold_device(self.model), base, deltas)
+
+    def commit(self, change_id: str) -> None:
+        """Put every staged weight in force."""
+        change = self.current(change_id)
+        if change.committed:
+            return
+        for staged in change.staged.values():
+            staged.exchange()
+        change.committed = True
+        self.before, self.stack = self.stack, change.stack
+
+    def roll_back(self, change_id: str) -> None:
+        """Undo what the change did on this rank, whatever that was."""
+        change, self.change = self.change, None
+        if change is None or change.id != change_id or not change.committed:
+            return
+        for staged in change.staged.values():
+            staged.exchange()
+        self.stack = self.before
+
+    def finish(self, change_id: str) -> None:
+        """Forget the way back, and what only patched modules need."""
+        change, self.change = self.current(change_id), None
+        self.bases |= change.bases
+        self.patches = {i: p for i, p in self.patches.items() if i in self.stack}
+        patched = {n for p in self.patches.values() for n in p.deltas}
+        self.bases = {n: base for n, base in self.bases.items() if n in patched}
+
+    def verify(self, name: str, expected: ModuleBase) -> Reply | None:
+        """Read the live weight and compare it with the fold of the stack in force."""
+        site = find_site(self.model, name)
+        if site is None:
+            return None
+        live = site.read()
+        base = self.bases.get(name, live)
+        try:
+            _check_base(name, expected, base, site)
+        except PatcherError:
+            return {"ok": False, "digest": digest(live)}
+        must = self.folded(name, base, self.stack, site)
+        return {"ok": digest(must) == digest(live), "digest": digest(live)}
+
+
+def _check_base(name: str, expected: ModuleBase, weight: torch.Tensor, site: Site) -> None:
+    columns = site.columns
+    check_module(name, expected, weight, columns.start, columns.stop)
+
+
+def _fold_on(
+    device: torch.device, base: torch.Tensor, deltas: list[LowRank], tile: int = 1024
+) -> torch.Tensor:
+    """Fold a host tensor on ``device``, a tile of columns at a time."""
+    if device.type == "cpu":
+        return fold(base, deltas)
+    out = torch.empty_like(base)
+    moved = [LowRank(d.kind, d.left.to(device), d.right.to(device)) for d in deltas]
+    for start in range(0, base.shape[1], tile):
+        stop = min(start + tile, base.shape[1])
+        part = fold(base[:, start:stop].to(device), [d.columns(start, stop) for d in moved])
+        out[:, start:stop] = part.cpu()
+    return out
+
+
+# -- the calls -----------------------------------------------------------------------------------
+
+
+def _answers(
+    call: Callable[Concatenate[Any, RankState, P], Mapping[str, Any]],
+) -> Callable[..., Reply]:
+    """Turn ``call(worker, state, …)`` into a worker method that never raises."""
+
+    @functools.wraps(call)
+    def method(worker: Any, nonce: str, *args: P.args, **kwargs: P.kwargs) -> Reply:
+        reply: Reply = {"nonce": nonce, "rank": int(getattr(worker, "rank", 0)), "pid": os.getpid()}
+        try:
+            state = getattr(worker, "_patcher_state", None)
+            if state is None:
+                state = worker._patcher_state = RankState(worker.get_model())
+            return {**reply, "ok": True, **call(worker, state, *args, **kwargs)}
+        except PatcherError as error:
+            failure = {"error": error.code, "detail": error.message, "cure": error.cure}
+            return {**reply, "ok": False, **failure}
+        except Exception as error:
+            detail = f"{type(error).__name__}: {error}"
+            return {**reply, "ok": False, "error": PatcherError.code, "detail": detail, "cure": ""}
+
+    return method
+
+
+@_answers
+def patcher_probe(worker: Any, state: RankState) -> Reply:
+    """Which patcher this rank runs, and what it holds."""
+    change = state.change.id if state.change else None
+    held = sorted(state.patches)
+    return {"version": __version__, "stack": list(state.stack), "held": held, "change": change}
+
+
+@_answers
+def patcher_receive(worker: Any, state: RankState, data: bytes) -> Reply:
+    """Take a patch file's bytes, verify them, and hold the patch."""
+    patch = Patch.from_bytes(data)
+    state.patches[patch.id] = patch
+    return {"patch": patch.id}
+
+
+@_answers
+def patcher_begin(worker: Any, state: RankState, change_id: str, stack: list[str]) -> Reply:
+    """Start a change."""
+    state.begin(change_id, tuple(stack))
+    return {}
+
+
+@_answers
+def patcher_stage(worker: Any, state: RankState, change_id: str, name: str) -> Reply:
+    """Stage one module, so that no decode step waits for more than one."""
+    held = state.stage(change_id, name)
+    return {"holds": held, "digest": state.current(change_id).digests.get(name)}
+
+
+@_answers
+def patcher_commit(worker: Any, state: RankState, change_id: str) -> Reply:
+    """Exchange the staged weights with the live ones."""
+    state.commit(change_id)
+    return {}
+
+
+@_answers
+def patcher_roll_back(worker: Any, state: RankState, change_id: str) -> Reply:
+    """Go back to the stack before, or drop what was staged."""
+    state.roll_back(change_id)
+    return {"stack": list(state.stack)}
+
+
+@_answers
+def patcher_finish(worker: Any, state: RankState, change_id: str) -> Reply:
+    """Let go of the stack before."""
+    state.finish(change_id)
+    return {"stack": list(state.stack)}
+
+
+@_answers
+def patcher_verify(worker: Any, state: RankState, modules: dict[str, dict[str, Any]]) -> Reply:
+    """Compare live weights with what base and stack must give; ``modules`` are manifest entries."""
+    found = {n: state.verify(n, ModuleBase.model_validate(m)) for n, m in modules.items()}
+    verdicts = {n: verdict for n, verdict in found.items() if verdict is not None}
+    return {"modules": verdicts, "stack": list(state.stack)}
+
+
+METHODS: tuple[Callable[..., Reply], ...] = (
+    patcher_probe,
+    patcher_receive,
+    patcher_begin,
+    patcher_stage,
+    patcher_commit,
+    patcher_roll_back,
+    patcher_finish,
+    patcher_verify,
+)
+
+
+def install() -> None:
+    """Make the calls methods of vLLM's workers."""
+    install_on_workers(METHODS)
