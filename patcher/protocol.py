@@ -5,7 +5,7 @@ The whole of it is ``docs/protocol.md``.
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias, TypedDict, get_args
+from typing import Any, Literal, TypeAlias, TypedDict, get_args
 
 ROUTE = "/plugins/patcher/v1"
 SHORTEST_ID = 4  # hex digits of an id that a person may type
@@ -26,12 +26,12 @@ class EngineInfo(TypedDict):
 
 
 class PatchInForce(TypedDict):
-    """A patch of the stack; ``modules`` maps each module to its rank."""
+    """A patch of the stack and the modules that it changes."""
 
     id: str
     title: str
     since: str
-    modules: dict[str, int]
+    modules: list[str]
 
 
 class Process(TypedDict):
@@ -55,7 +55,7 @@ class Status(TypedDict):
 
 
 class Uploaded(TypedDict):
-    """A patch that the engine holds now; ``modules`` as in :class:`PatchInForce`."""
+    """A patch that the engine holds now; ``modules`` maps each module to its rank."""
 
     id: str
     bytes: int
@@ -68,7 +68,7 @@ class StoredPatch(TypedDict):
     id: str
     title: str
     bytes: int
-    created: str
+    stored: str
     in_force: bool
 
 
@@ -89,8 +89,9 @@ class Verification(TypedDict):
 
 
 class LedgerEntry(TypedDict):
-    """One entry of the ledger; what else it has depends on its ``event``."""
+    """One entry of the ledger; what ``detail`` has depends on ``event``."""
 
     seq: int
     time: str
     event: str
+    detail: dict[str, Any]

@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.fake_engine import FakeEngine, serving
+from tests.small_patch import small_patch
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Path:
+    """The folder of SmolLM2-135M-Instruct as safetensors."""
+    path = REPOSITORY / ".models" / "smollm2-135m-instruct"
+    assert (path / "model.safetensors").is_file(), "no real model: run `make model`"
+    return path
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeEngine]:
+    """An engine that isn't one: real HTTP, state in memory."""
+    with serving() as engine:
+        yield engine
+
+
+@pytest.fixture
+def patch_file(tmp_path: Path) -> Path:
+    path = tmp_path / "small.st"
+    small_patch().write(path)
+    return path
