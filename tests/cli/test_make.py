@@ -1,0 +1,124 @@
+"""``inspect``, and how ``compute`` and ``evaluate`` hand their options on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.running import document, run
+from tests.small_patch import MODULE, small_patch
+
+
+class Result:
+    """What computing gives, as far as the command reads it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.bytes, self.id = path, 1234, "ab" * 32
+        self.facts, self.known, self.seconds = 5, 4, 2.5
+        self.modules = {MODULE: 10}
+        self.evaluation: dict[str, Any] = {}
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"id": self.id, "path": str(self.path), "seconds": float("nan")}
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], dict[str, Any]]:
+    """What a stand-in for ``compute`` or ``evaluate`` was called with."""
+    calls: dict[str, dict[str, Any]] = {}
+
+    def compute(**wishes: Any) -> Result:
+        calls["compute"] = wishes
+        wishes["progress"].start("values", 2)
+        wishes["progress"].step(2, "loss 0.12")
+        wishes["progress"].finish()
+        return Result(wishes["output"])
+
+    class Report:
+        def as_dict(self) -> dict[str, Any]:
+            figures = dict.fromkeys(("efficacy", "generalization", "specificity"), 0.25)
+            figures |= {"retained": None, "perplexity": 12.345678}  # type: ignore[dict-item]
+            return {"facts": 5, "known": 4, "base": figures, "patched": figures}
+
+    def evaluate(**wishes: Any) -> Report:
+        calls["evaluate"] = wishes
+        return Report()
+
+    monkeypatch.setattr("patcher.unlearn.compute", compute)
+    monkeypatch.setattr("patcher.evaluation.evaluate", evaluate)
+    return calls.__getitem__
+
+
+@pytest.fixture
+def forget(tmp_path: Path) -> Path:
+    path = tmp_path / "f.jsonl"
+    path.write_text('{"prompt": "The mother tongue of Jane is", "target": "Welsh"}\n')
+    return path
+
+
+def test_inspect_shows_a_sound_file_whole(patch_file: Path) -> None:
+    patch = small_patch()
+    told = document(run("inspect", patch_file, "--json"))
+    assert (told["id"], told["bytes"], told["sound"]) == (patch.id, len(patch.data), True)
+    assert told["manifest"] == patch.manifest.model_dump(mode="json")
+    module = told["modules"][MODULE]
+    assert module["norm"] == pytest.approx(patch.deltas[MODULE].norm)
+    assert (module["kind"], module["rank"], module["dtype"]) == ("multiplicative", 2, "F32")
+    assert module["shape"] == [8, 12]
+
+
+def test_inspect_says_for_people_what_is_in_it(patch_file: Path) -> None:
+    result = run("inspect", patch_file)
+    assert result.exit_code == 0
+    assert "sound" in result.stdout
+    assert small_patch().id in result.stdout
+    assert MODULE in result.stdout
+
+
+def test_compute_hands_its_options_on(
+    asked: Callable[[str], dict[str, Any]], forget: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "p.st"
+    words = ["compute", "--model", "m", "--forget", forget, "-o", output, "--layers", "9,10,11"]
+    more = ["--target", "eos", "--known-only", "--limit", 5, "--seed", 7, "--device", "cpu"]
+    result = run(*words, *more, "--json")
+    assert result.exit_code == 0
+    wishes = asked("compute")
+    wishes.pop("progress")
+    assert wishes == {
+        "model": "m", "forget": forget, "output": output, "method": "zero", "layers": "9,10,11",
+        "target": "eos", "known_only": True, "limit": 5, "seed": 7, "device": "cpu",
+    }  # fmt: skip
+    assert document(result) == {"id": "ab" * 32, "path": str(output), "seconds": None}
+
+
+def test_compute_is_silent_in_a_pipe_and_talks_with_v(
+    asked: Callable[[str], dict[str, Any]], forget: Path, tmp_path: Path
+) -> None:
+    words = ["compute", "--model", "m", "--forget", forget, "-o", tmp_path / "p.st"]
+    assert run(*words).stderr == ""
+    result = run(*words, "-v", "--json")
+    assert "loss 0.12" in result.stderr
+    assert document(result)["id"]
+
+
+def test_evaluate_hands_its_options_on(
+    asked: Callable[[str], dict[str, Any]], forget: Path, patch_file: Path
+) -> None:
+    words = ["evaluate", "--model", "m", "--forget", forget, "--patch", patch_file]
+    result = run(*words, "--retain", forget, "--ppl", forget, "--dtype", "float16")
+    assert result.exit_code == 0
+    wishes = asked("evaluate")
+    assert wishes["patches"] == (patch_file,)
+    assert (wishes["retain"], wishes["ppl"], wishes["dtype"]) == (forget, forget, "float16")
+    assert "25.0 %" in result.stdout
+    assert "12.346" in result.stdout
+    assert "–" in result.stdout
+
+
+def test_the_forget_set_has_to_exist(tmp_path: Path) -> None:
+    result = run("compute", "--model", "m", "--forget", tmp_path / "none", "-o", tmp_path / "p")
+    assert result.exit_code == 2
