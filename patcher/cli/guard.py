@@ -36,7 +36,7 @@ def guarded(
         note("Interrupted.")
         sys.exit(INTERRUPTED)
     except BrokenPipeError:
-        _close_quietly()
+        close_quietly()
     except Exception as error:
         if "--debug" in own or os.environ.get("PATCHER_DEBUG", "") not in ("", "0"):
             traceback.print_exc()
@@ -44,8 +44,8 @@ def guarded(
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _close_quietly() -> NoReturn:
-    # Whoever read our output has gone: nobody is left to tell.
+def close_quietly() -> NoReturn:
+    """Exit as a closed pipe asks: whoever read our output has gone, nobody is left to tell."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(PIPE_CLOSED)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from patcher.cli.guard import guarded
+from patcher.cli.guard import close_quietly, guarded
 
 # section -> {command: its module}
 SECTIONS = {
@@ -72,6 +72,13 @@ class Root(click.Group):
                 rows.append((name.ljust(width), command.get_short_help_str(90)))
             with formatter.section(heading):
                 formatter.write_dl(rows)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Like click's, which would make a closed pipe a failure of ours."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            close_quietly()
 
     def main(self, *args: Any, **options: Any) -> Any:
         """Run it; every way of ending becomes an exit code (see :mod:`patcher.cli.guard`)."""
