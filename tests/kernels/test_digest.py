@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import hashlib
+import importlib
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from patcher.kernels import column_blocks, column_digests, digest
+
+
+def test_is_the_sha256_of_the_row_major_bytes() -> None:
+    t = torch.tensor([[1.0, -2.0], [0.5, 0.0]], dtype=torch.bfloat16)
+    assert digest(t) == hashlib.sha256(bytes.fromhex("803f00c0003f0000")).hexdigest()
+    assert digest(t.float()) == hashlib.sha256(t.float().numpy().tobytes()).hexdigest()
+
+
+@given(
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 9),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64]),
+)
+def test_strides_make_no_difference(rows: int, columns: int, dtype: torch.dtype) -> None:
+    t = torch.randn(rows, columns, generator=torch.Generator().manual_seed(1)).to(dtype)
+    assert digest(t.t().contiguous().t()) == digest(t)
+    assert digest(torch.cat([t, t], 1)[:, columns:]) == digest(t)
+    assert digest(torch.nn.Parameter(t)) == digest(t)
+
+
+def test_every_bit_counts() -> None:
+    t = torch.zeros(3, 4, dtype=torch.float16)
+    seen = {digest(t)}
+    for bit in range(t.numel() * 16):
+        flipped = t.clone().view(torch.int16)
+        flipped.view(-1)[bit // 16] ^= -(2**15) if bit % 16 == 15 else 1 << bit % 16
+        seen.add(digest(flipped.view(torch.float16)))
+    assert len(seen) == 1 + 3 * 4 * 16
+
+
+def test_large_tensors_go_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    t = torch.randn(50, 30, generator=torch.Generator().manual_seed(2)).t()
+    want = digest(t)
+    monkeypatch.setattr(importlib.import_module("patcher.kernels.digest"), "_CHUNK_BYTES", 100)
+    assert digest(t) == want == hashlib.sha256(t.contiguous().numpy().tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3, 4)])
+def test_takes_any_number_of_dimensions(shape: tuple[int, ...]) -> None:
+    t = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    assert digest(t) == hashlib.sha256(t.numpy().tobytes()).hexdigest()
+
+
+def test_refuses_dtypes_without_plain_bytes() -> None:
+    with pytest.raises(ValueError, match="complex"):
+        digest(torch.zeros(2, dtype=torch.complex64))
+
+
+@pytest.mark.parametrize(("d_in", "blocks"), [(1536, 48), (9728, 16), (4864, 16), (7, 1), (50, 2)])
+def test_column_blocks_divide_the_weight_and_48(d_in: int, blocks: int) -> None:
+    assert column_blocks(d_in) == blocks
+    assert d_in % blocks == 48 % blocks == 0
+
+
+def test_column_digests_name_the_shards() -> None:
+    t = torch.randn(4, 96, generator=torch.Generator().manual_seed(4)).bfloat16()
+    blocks = column_digests(t, 48)
+    assert blocks == [digest(t[:, j : j + 2].contiguous()) for j in range(0, 96, 2)]
+    assert column_digests(t[:, 48:], 24) == blocks[24:]
+
+
+def test_refuses_blocks_that_do_not_divide() -> None:
+    t = torch.zeros(2, 6)
+    for blocks in (0, 4, 7):
+        with pytest.raises(ValueError, match="do not divide"):
+            column_digests(t, blocks)
+    with pytest.raises(ValueError, match="matrix"):
+        column_digests(t[0], 2)
+    with pytest.raises(ValueError, match="at least one column"):
+        column_blocks(0)
