@@ -26,12 +26,12 @@ class EngineInfo(TypedDict):
 
 
 class PatchInForce(TypedDict):
-    """A patch of the stack and the modules that it changes."""
+    """A patch of the stack; ``modules`` maps each module that it changes to its rank."""
 
     id: str
     title: str
     since: str
-    modules: list[str]
+    modules: dict[str, int]
 
 
 class Process(TypedDict):
@@ -55,7 +55,7 @@ class Status(TypedDict):
 
 
 class Uploaded(TypedDict):
-    """A patch that the engine holds now; ``modules`` maps each module to its rank."""
+    """A patch that the engine holds now; ``modules`` as in :class:`PatchInForce`."""
 
     id: str
     bytes: int

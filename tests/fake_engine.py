@@ -142,7 +142,7 @@ class FakeEngine:
     def _in_force(self, patch_id: str) -> dict[str, Any]:
         patch = self._patch(patch_id)
         when = "2026-11-24T03:00:00.000Z"
-        modules = sorted(patch.deltas)
+        modules = {name: delta.rank for name, delta in patch.deltas.items()}
         return {"id": patch_id, "title": patch.manifest.title, "since": when, "modules": modules}
 
 

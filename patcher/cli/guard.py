@@ -51,7 +51,7 @@ def close_quietly() -> NoReturn:
 
 
 def _report(error: PatcherError, *, as_json: bool) -> int:
-    message, cure = clean(error.message), clean(error.cure)
+    message, cure = _lines(error.message), _lines(error.cure)
     note(f"error: {message}", style="red")
     if cure:
         note(cure)
@@ -59,6 +59,11 @@ def _report(error: PatcherError, *, as_json: bool) -> int:
         document = {"code": error.code, "message": message, "cure": cure}
         print_json({"error": {**document, "exit_code": error.exit_code}})
     return error.exit_code
+
+
+def _lines(text: str) -> str:
+    # A forget set's wrong lines come one a line.
+    return "\n".join(map(clean, text.splitlines()))
 
 
 def _as_ours(error: Exception) -> PatcherError:

@@ -111,10 +111,11 @@ def _print_status(answer: Status) -> None:
         ],
     )
     click.echo()
+    ranks = {one["id"]: one["modules"] for one in answer["patches"]}
     table(
-        ["module", "patches (top first)"],
+        ["module", "patches (top first) and their ranks"],
         [
-            (name, ", ".join(map(short, reversed(ids))))
+            (name, ", ".join(f"{short(i)} {ranks[i][name]}" for i in reversed(ids)))
             for name, ids in sorted(answer["modules"].items())
             if ids
         ],

@@ -68,6 +68,15 @@ def data_options(command: Command) -> Command:
     metavar="eos|suppress|TEXT",
     help="What is to come instead: the end of the answer, anything but the answer, or this text.",
 )
+@click.option(
+    "--preserve",
+    type=existing_file,
+    metavar="R.jsonl",
+    help="Facts that must stay, in the same form; they join the statistics.",
+)
+@click.option(
+    "--dtype", default="auto", show_default=True, help="The type that the weights are served in."
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--title", metavar="TEXT", help="A name for people; it stands in the file.")
 @json_option
@@ -90,6 +99,8 @@ def compute(as_json: bool, verbose: bool, **wishes: Any) -> None:
             ("took", f"{result.seconds:.1f} s"),
         ]
     )
+    click.echo()
+    facts(_effect(result.evaluation))
 
 
 @click.command()
@@ -155,6 +166,24 @@ def inspect(path: Path, as_json: bool) -> None:
 def _given(wishes: Mapping[str, Any]) -> dict[str, Any]:
     # An option that wasn't given leaves the default to the function.
     return {name: value for name, value in wishes.items() if value is not None}
+
+
+def _effect(found: Mapping[str, Any]) -> list[tuple[str, object]]:
+    # What the check on the rounded weights found, in words.
+    wordings, others, kept = (found[n] for n in ("paraphrases", "others_unchanged", "preserved"))
+    ratio = found["perplexity_ratio"]
+    rows = [
+        ("still answered", f"{found['answered']} of {found['facts']}"),
+        ("in generated text", f"{found['leaked']['patched']} of {found['facts']}"),
+        (
+            "other wordings",
+            f"{wordings['patched']} of {wordings['of']} (before {wordings['base']})",
+        ),
+        ("others unchanged", f"{others['same']} of {others['of']}"),
+        ("to be preserved", f"{kept['patched']} of {kept['of']} (before {kept['base']})"),
+        ("perplexity", "–" if ratio is None else f"{100 * (ratio - 1):+.2f} %"),
+    ]
+    return [(name, text) for name, text in rows if " of 0" not in text]
 
 
 def _document(path: Path, patch: Patch) -> dict[str, Any]:

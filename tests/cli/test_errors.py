@@ -184,6 +184,11 @@ def test_a_reader_that_goes_away_gets_no_traceback(fake: FakeEngine) -> None:
     assert process.wait(20) == 141
 
 
+def test_each_wrong_line_of_a_forget_set_has_a_line_of_its_own(fake: FakeEngine) -> None:
+    fake.instead["GET", "status"] = problem("bad-forget-set", 422, "2 lines:\nline 1: a\nline 7: b")
+    assert run_on(fake, "status").stderr == "error: 2 lines:\nline 1: a\nline 7: b\n"
+
+
 def test_what_an_engine_says_cannot_steer_the_terminal(fake: FakeEngine) -> None:
     fake.instead["GET", "status"] = problem("stack-conflict", 409, "red \x1b[31m\x07 text")
     result = run_on(fake, "status")

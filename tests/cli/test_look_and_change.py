@@ -66,7 +66,7 @@ def test_status_tells_per_patch_and_per_module_and_since_when(fake: FakeEngine) 
     assert {"engine", "base", "stack", "weight_version", "patches", "modules"} <= set(told)
     lines = run_on(fake, "status").stdout.splitlines()
     assert any("request 17" in line and "2026-11-24T03:00" in line for line in lines)
-    newest_first = f"{with_title.id[:12]}, {small_patch().id[:12]}"
+    newest_first = f"{with_title.id[:12]} 2, {small_patch().id[:12]} 2"
     assert any(line.startswith(MODULE) and newest_first in line for line in lines)
 
 

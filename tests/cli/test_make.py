@@ -19,7 +19,16 @@ class Result:
         self.path, self.bytes, self.id = path, 1234, "ab" * 32
         self.facts, self.known, self.seconds = 5, 4, 2.5
         self.modules = {MODULE: 10}
-        self.evaluation: dict[str, Any] = {}
+        before_and_after = {"patched": 1, "base": 3, "of": 4}
+        self.evaluation: dict[str, Any] = {
+            "facts": 5,
+            "answered": 0,
+            "leaked": {"patched": 0, "base": 5, "tokens": 12},
+            "paraphrases": before_and_after,
+            "others_unchanged": {"same": 126, "of": 128},
+            "preserved": {"patched": 0, "base": 0, "of": 0},
+            "perplexity_ratio": 1.004,
+        }
 
     def as_dict(self) -> dict[str, Any]:
         return {"id": self.id, "path": str(self.path), "seconds": float("nan")}
@@ -90,7 +99,8 @@ def test_compute_hands_its_options_on(
     wishes.pop("progress")
     assert wishes == {
         "model": "m", "forget": forget, "output": output, "method": "zero", "layers": "9,10,11",
-        "target": "eos", "known_only": True, "limit": 5, "seed": 7, "device": "cpu",
+        "dtype": "auto", "target": "eos", "known_only": True, "limit": 5, "seed": 7,
+        "device": "cpu",
     }  # fmt: skip
     assert document(result) == {"id": "ab" * 32, "path": str(output), "seconds": None}
 
@@ -103,6 +113,18 @@ def test_compute_is_silent_in_a_pipe_and_talks_with_v(
     result = run(*words, "-v", "--json")
     assert "loss 0.12" in result.stderr
     assert document(result)["id"]
+
+
+def test_compute_says_for_people_what_was_forgotten_and_what_it_cost(
+    asked: Callable[[str], dict[str, Any]], forget: Path, tmp_path: Path
+) -> None:
+    words = ["compute", "--model", "m", "--forget", forget, "-o", tmp_path / "p.st"]
+    shown = " ".join(run(*words).stdout.split())
+    assert "still answered 0 of 5" in shown
+    assert "other wordings 1 of 4 (before 3)" in shown
+    assert "others unchanged 126 of 128" in shown
+    assert "perplexity +0.40 %" in shown
+    assert "preserved" not in shown
 
 
 def test_evaluate_hands_its_options_on(
