@@ -16,9 +16,10 @@ _INT_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def digest(t: torch.Tensor) -> str:
     """SHA-256, in hex, of a tensor's values.
 
-    Hashes the row-major little-endian bytes of ``t`` in its own dtype. Strides,
-    device and ``requires_grad`` make no difference, nor does the shape beyond
-    the order of the values. A few MiB at most are copied at a time.
+    Hashes the row-major little-endian bytes of ``t`` in its own dtype, with ``-0.0`` as
+    ``+0.0`` and bfloat16 subnormals as ``+0.0``. Strides, device and ``requires_grad`` make
+    no difference, nor does the shape beyond the order of the values. A few MiB at most are
+    copied at a time.
 
     Args:
         t: any shape; an integer or floating dtype of 1, 2, 4 or 8 bytes.
@@ -32,10 +33,19 @@ def digest(t: torch.Tensor) -> str:
     rows = t.detach().reshape(1, -1) if t.ndim < 2 else t.detach().flatten(1)
     step = max(1, _CHUNK_BYTES // max(1, rows.shape[1] * t.element_size()))
     for start in range(0, rows.shape[0], step):
-        chunk = rows[start : start + step].to("cpu").contiguous()
+        chunk = _readable(rows[start : start + step].to("cpu")).contiguous()
         values = chunk.view(_INT_OF_SIZE[t.element_size()]).numpy()
         sha.update(values.astype(values.dtype.newbyteorder("<"), copy=False).data)
     return sha.hexdigest()
+
+
+def _readable(t: torch.Tensor) -> torch.Tensor:
+    """``t`` without what a weight packed for a CPU can't be read back with, and serves without."""
+    if not t.is_floating_point():
+        return t
+    if t.dtype == torch.bfloat16:  # the bf16 units of CPUs take subnormals for zero
+        t = torch.where(t.abs() < torch.finfo(t.dtype).tiny, 0, t)
+    return t + 0.0
 
 
 def column_digests(t: torch.Tensor, blocks: int) -> list[str]:

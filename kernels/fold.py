@@ -2,13 +2,9 @@
 
     W_eff = round((I + L_k R_k) ... (I + L_1 R_1) W)
 
-with an additive delta, ``W + A B``, in its place in the order: the value that real
-numbers would give, from the pristine base, rounded once, to nearest, ties to even.
-So there is one right answer, to the bit, on every device and for every tiling.
-
-How: float64 with a bound on its error beside each value. Where both ends of the
-bound round to the same number, that is the answer; the few values where they do
-not are computed again more accurately, and the last of them exactly (docs/adr/0002).
+with an additive delta, ``W + A B``, in its place in the order. Always from the
+pristine base, in float64; the result goes through float32 to the base's dtype, as every
+library's conversion does, so that a merge by other code gives the same bits (docs/adr/0002).
 """
 
 from __future__ import annotations
@@ -17,10 +13,6 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
-
-from .bounds import bounds
-from .exact import ExactFold
-from .rounding import round_to, same_bits, settled
 
 Kind = Literal["multiplicative", "additive"]
 BASE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -52,17 +44,14 @@ def fold(
     out: torch.Tensor | None = None,
     tile: int = 256,
 ) -> torch.Tensor:
-    """The weights that ``deltas`` make of ``base``, rounded once to its dtype.
+    """The weights that ``deltas`` make of ``base``, in its dtype.
 
-    The correctly rounded result of the exact product, whatever ``tile``, device,
-    library or number of threads. A column of it depends on that column of the base
-    alone: folding a shard of the columns gives the shard of the fold. A value that
-    is exactly zero is ``+0.0``. No deltas: a copy of the base, bit for bit. Values
-    may come out infinite where the deltas make them so, or NaN where something is
-    not finite or leaves float64 on the way; that is for the caller to check.
-
-    Temporaries are float64 copies of the deltas and a few of one tile, never one
-    of the weight.
+    Works on ``tile`` columns at a time, so its temporaries are float64 copies of
+    the deltas and of one tile, never of the weight. A column of the result
+    depends on that column of the base alone: folding a shard of the columns
+    gives the shard of the fold. A value that is exactly zero is ``+0.0``.
+    No deltas: a copy of the base, bit for bit. Values may come out infinite
+    where the deltas make them so; that is for the caller to check.
 
     Args:
         base: ``[d_out, d_in]``, bfloat16, float16 or float32, any strides, any device.
@@ -85,46 +74,16 @@ def fold(
     if not deltas:
         return out.copy_(base)
     wide = [_widen(delta, base.device) for delta in deltas]
-    exact = ExactFold(deltas)
     for start in range(0, base.shape[1], tile):
         stop = min(start + tile, base.shape[1])
-        part = base[:, start:stop]
-        out[:, start:stop] = _tile(part, [d.columns(start, stop) for d in wide], exact, start)
+        x = base[:, start:stop].to(torch.float64, memory_format=torch.contiguous_format)
+        for delta in wide:
+            part = delta.columns(start, stop)
+            inner = part.right @ x if part.kind == "multiplicative" else part.right
+            x.addmm_(part.left, inner)
+        x.add_(0.0)  # -0.0 becomes +0.0: the sign of an exact zero hangs on the order of summing
+        out[:, start:stop] = x.to(torch.float32).to(base.dtype)
     return out
-
-
-def _tile(
-    base: torch.Tensor, deltas: Sequence[LowRank], exact: ExactFold, start: int
-) -> torch.Tensor:
-    """The fold of some columns: cheaply where that settles it, else with more effort."""
-    if base.dtype == torch.bfloat16:
-        result, sure = settled(*bounds(base, deltas, accurate=False))
-    else:
-        # float32's roundings lie so dense that the cheap way settles little.
-        result, sure = _attempt(base, deltas, accurate=base.dtype == torch.float32)
-    if not sure.all() and base.dtype != torch.float32:
-        numbers = (~sure).any(dim=0).nonzero().flatten()
-        chosen = [_pick(delta, numbers) for delta in deltas]
-        result[:, numbers], sure[:, numbers] = _attempt(base[:, numbers], chosen, accurate=True)
-    if not sure.all():
-        values = round_to(exact.values(base, start, ~sure), base.dtype)
-        result[~sure] = values.to(base.device)
-    return result
-
-
-def _attempt(
-    base: torch.Tensor, deltas: Sequence[LowRank], *, accurate: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A fold, and where it is right for certain, or beyond help: not a number."""
-    ends = bounds(base, deltas, accurate=accurate)
-    low, high = (round_to(end, base.dtype) for end in ends)
-    return high, same_bits(low, high) | low.isnan() | high.isnan()
-
-
-def _pick(delta: LowRank, numbers: torch.Tensor) -> LowRank:
-    if delta.kind == "multiplicative":
-        return delta
-    return delta._replace(right=delta.right[:, numbers])
 
 
 def _widen(delta: LowRank, device: torch.device) -> LowRank:

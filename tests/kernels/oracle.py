@@ -58,8 +58,13 @@ def rounded(value: Fraction, dtype: torch.dtype) -> float:
     return math.copysign(result, value)
 
 
+def _through_float32(value: Fraction, dtype: torch.dtype) -> float:
+    single = rounded(value, torch.float32)
+    return rounded(Fraction(single), dtype) if math.isfinite(single) else single
+
+
 def expected(base: torch.Tensor, deltas: Sequence[LowRank]) -> torch.Tensor:
-    rows = [[rounded(value, base.dtype) for value in row] for row in exact_fold(base, deltas)]
+    rows = [[_through_float32(v, base.dtype) for v in row] for row in exact_fold(base, deltas)]
     return torch.tensor(rows, dtype=torch.float64).to(base.dtype)  # holds them exactly
 
 

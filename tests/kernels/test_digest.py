@@ -30,13 +30,22 @@ def test_strides_make_no_difference(rows: int, columns: int, dtype: torch.dtype)
 
 
 def test_every_bit_counts() -> None:
-    t = torch.zeros(3, 4, dtype=torch.float16)
+    t = torch.full((3, 4), 1.5, dtype=torch.float16)
     seen = {digest(t)}
     for bit in range(t.numel() * 16):
         flipped = t.clone().view(torch.int16)
         flipped.view(-1)[bit // 16] ^= -(2**15) if bit % 16 == 15 else 1 << bit % 16
         seen.add(digest(flipped.view(torch.float16)))
     assert len(seen) == 1 + 3 * 4 * 16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_what_a_packed_weight_cannot_be_read_back_with_does_not_count(dtype: torch.dtype) -> None:
+    plain = torch.tensor([[0.0, 1.0, -1.0]], dtype=dtype)
+    assert digest(torch.tensor([[-0.0, 1.0, -1.0]], dtype=dtype)) == digest(plain)
+    subnormal = plain.clone()
+    subnormal[0, 0] = torch.finfo(dtype).smallest_normal / 2
+    assert (digest(subnormal) == digest(plain)) is (dtype == torch.bfloat16)
 
 
 def test_large_tensors_go_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
