@@ -118,7 +118,7 @@ class PatchService:
                 "id": patch_id,
                 "title": manifests[patch_id].title,
                 "since": since,
-                "modules": sorted(manifests[patch_id].base.modules),
+                "modules": self.store.ranks(patch_id),
             }
             for patch_id, since in self.store.since()
         ]

@@ -70,7 +70,7 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._manifests: dict[str, Manifest] = {}
+        self._known: dict[str, tuple[Manifest, dict[str, int]]] = {}
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             with self._transaction() as db:
@@ -192,11 +192,21 @@ class Store:
         return [StoredPatch(*row) for row in rows]
 
     def manifests(self) -> dict[str, Manifest]:
-        """The manifest of every stored patch; each is read once, since an id never changes."""
+        """The manifest of every stored patch."""
+        return {patch_id: manifest for patch_id, (manifest, _) in self._read().items()}
+
+    def ranks(self, patch_id: str) -> dict[str, int]:
+        """The rank of a stored patch's delta on each of its modules."""
+        return self._read()[patch_id][1]
+
+    def _read(self) -> dict[str, tuple[Manifest, dict[str, int]]]:
+        """What is told of each stored patch; each is read once, since an id never changes."""
         for stored in self.patches():
-            if stored.id not in self._manifests:
-                self._manifests[stored.id] = Patch.from_bytes(self.patch_bytes(stored.id)).manifest
-        return dict(self._manifests)
+            if stored.id not in self._known:
+                patch = Patch.from_bytes(self.patch_bytes(stored.id))
+                ranks = {name: delta.rank for name, delta in patch.deltas.items()}
+                self._known[stored.id] = (patch.manifest, ranks)
+        return dict(self._known)
 
     # -- stack -------------------------------------------------------------------------------
 

@@ -49,14 +49,15 @@ class Server:
 
     def start(self, *more: str, wait: bool = True, **environment: str) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, *self._launcher, self.model, "--state", f"{self.folder}/state"]
-        command += ["--port", str(self.port), "--host", "127.0.0.1", "--max-model-len", "2048"]
+        command = [sys.executable, *self._launcher, self.model, "--port", str(self.port)]
+        command += ["--host", "127.0.0.1", "--max-model-len", "2048"]
         command += ["--served-model-name", "m", *self._options, *more]
         settings = {
             "HF_HUB_OFFLINE": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "PYTHONPATH": str(REPOSITORY),
+            "PATCHER_STATE": str(self.folder / "state"),
         }
         with (self.folder / "server.log").open("ab") as log:
             self.process = subprocess.Popen(

@@ -46,7 +46,7 @@ def test_without_the_flush_stale_answers_come_back(
         tmp_path,
         EAGER,
         launcher=("-m", "tests.engine.without_flush"),
-        environment={"VLLM_PLUGINS": "patcher", "PATCHER_STATE": str(tmp_path / "state")},
+        environment={"VLLM_PLUGINS": "patcher"},
     )
     with serving(broken) as server, Engine(server.url, server.token) as engine:
         answers(server, prompts)
@@ -86,6 +86,7 @@ def test_status_tells_what_is_in_force_where(
     status = engine.status()
     assert status["stack"] == [patch_a.id, patch_b.id]
     assert [p["title"] for p in status["patches"]] == ["edit A", "edit B"]
+    assert status["patches"][0]["modules"] == dict.fromkeys(patch_a.deltas, 4)
     assert status["patches"][0]["since"] <= status["patches"][1]["since"]
     assert status["modules"]["model.layers.3.mlp.down_proj"] == [patch_a.id]
     assert status["modules"]["model.layers.5.mlp.down_proj"] == [patch_a.id, patch_b.id]
