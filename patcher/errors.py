@@ -16,7 +16,8 @@
     ├── EngineUnreachableError       7   no answer from that URL             (operator)
     ├── EngineRefusedError           8   refused or rolled back; as before   (operator)
     ├── VerificationError            9   live weights are not what they must be (operator)
-    ├── PermissionDeniedError       10   token missing, unknown or too weak  (caller)
+    ├── PermissionDeniedError       10   token missing or unknown            (caller)
+    │   └── RoleTooWeakError        10   the token may do less than this     (caller)
     └── InputError                  11   forget set, text or model unusable  (caller)
         ├── ForgetSetError          11
         └── ModelError              11
@@ -120,6 +121,11 @@ class PermissionDeniedError(PatcherError):
     code = "not-permitted"
     exit_code = 10
     http_status = 401
+
+
+class RoleTooWeakError(PermissionDeniedError):
+    code = "role-too-weak"
+    http_status = 403
 
 
 class InputError(PatcherError):

@@ -8,7 +8,7 @@ from enum import IntEnum
 from pathlib import Path
 
 from patcher.engine.store import Store
-from patcher.errors import EngineRefusedError, PermissionDeniedError
+from patcher.errors import EngineRefusedError, PermissionDeniedError, RoleTooWeakError
 
 TOKEN_BYTES = 32
 OWNER = "admin"  # the name under which the token in the file acts
@@ -57,7 +57,7 @@ def ensure_token(store: Store, path: Path) -> bool:
 def authorise(store: Store, header: str | None, needed: Role) -> str:
     """The name of the token in an ``Authorization`` header, where its role reaches ``needed``.
 
-    Raises :class:`PermissionDeniedError` otherwise.
+    Raises :class:`PermissionDeniedError`, or :class:`RoleTooWeakError`, otherwise.
     """
     scheme, _, token = (header or "").partition(" ")
     if scheme.lower() != "bearer" or not token.strip():
@@ -72,7 +72,7 @@ def authorise(store: Store, header: str | None, needed: Role) -> str:
         )
     name, role = owner
     if Role[role] < needed:
-        raise PermissionDeniedError(
+        raise RoleTooWeakError(
             f"The token {name!r} has the role {role}; this needs {needed.name}.",
             "Use a token with that role.",
         )

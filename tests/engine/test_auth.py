@@ -9,7 +9,7 @@ import pytest
 
 from patcher.engine.auth import Role, authorise, ensure_token
 from patcher.engine.store import Store
-from patcher.errors import EngineRefusedError, PermissionDeniedError
+from patcher.errors import EngineRefusedError, PermissionDeniedError, RoleTooWeakError
 
 
 @pytest.fixture
@@ -66,5 +66,5 @@ def test_nobody_passes_without_a_known_token(store: Store, header: str | None) -
 def test_a_reader_may_not_change(store: Store) -> None:
     store.set_token("watcher", Role.read.name, "token-that-only-reads")
     assert authorise(store, "Bearer token-that-only-reads", Role.read) == "watcher"
-    with pytest.raises(PermissionDeniedError, match="read"):
+    with pytest.raises(RoleTooWeakError, match="read"):
         authorise(store, "Bearer token-that-only-reads", Role.apply)
