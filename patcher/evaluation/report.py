@@ -1,0 +1,87 @@
+"""What an evaluation says: figures before and after, and of how many prompts each is."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Count:
+    """``yes`` of ``of`` prompts are answered with their target."""
+
+    yes: int
+    of: int
+
+    @property
+    def fraction(self) -> float | None:
+        """The share; None where there was nothing to ask."""
+        return self.yes / self.of if self.of else None
+
+
+@dataclass(frozen=True)
+class Figures:
+    """The figures of one set of weights (docs/methods.md, "Figures").
+
+    ``efficacy``: the facts' prompts. ``generalization``: their other wordings.
+    ``specificity``: their neighbours. ``retained``: the facts that are to stay.
+    ``perplexity``: of the text; None where none was given.
+    """
+
+    efficacy: Count
+    generalization: Count
+    specificity: Count
+    retained: Count
+    perplexity: float | None
+
+    def as_dict(self) -> dict[str, float | None]:
+        """Fractions and the perplexity; null where there was nothing to ask."""
+        return {
+            "efficacy": self.efficacy.fraction,
+            "generalization": self.generalization.fraction,
+            "specificity": self.specificity.fraction,
+            "retained": self.retained.fraction,
+            "perplexity": self.perplexity,
+        }
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Of each fraction, how many of how many."""
+        return {
+            name: asdict(getattr(self, name))
+            for name in ("efficacy", "generalization", "specificity", "retained")
+        }
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """An evaluation.
+
+    ``facts``: how many were looked at; ``known``: how many of them the base answers.
+    ``base`` and ``patched``: figures without and with the patches. ``retain``: facts in
+    the file of those that are to stay, and how many of them the base knows.
+    ``perplexity_on``: window, stride and tokens of the perplexity. ``patches``: ids, the
+    bottom of the stack first.
+    """
+
+    facts: int
+    known: int
+    base: Figures
+    patched: Figures
+    retain: Count
+    perplexity_on: dict[str, int] | None
+    patches: tuple[str, ...]
+    dtype: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """The document of ``patcher evaluate --json``."""
+        return {
+            "facts": self.facts,
+            "known": self.known,
+            "base": self.base.as_dict(),
+            "patched": self.patched.as_dict(),
+            "counts": {"base": self.base.counts(), "patched": self.patched.counts()},
+            "retain": {"facts": self.retain.of, "known": self.retain.yes},
+            "perplexity_on": self.perplexity_on,
+            "patches": list(self.patches),
+            "dtype": self.dtype,
+        }

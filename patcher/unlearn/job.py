@@ -1,0 +1,56 @@
+"""What a method is given, and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..patch import Delta
+from ..patch.delta import Stored
+from .facts import Fact
+from .models import Model
+from .progress import Progress
+from .prompts import Encoded
+from .reference import Probe
+from .zero import Strength
+
+Deltas = dict[str, Delta]  # module name -> delta as it is stored
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The hyperparameters of a computation; all of them go into the manifest."""
+
+    layers: tuple[int, ...]
+    target: str = "suppress"
+    seed: int = 0
+    strength: Strength = field(default_factory=Strength)
+    steps: int = 10  # of the first round of values
+    again: int = 6  # of every round after it
+    rounds: int = 4  # of computing and checking, at most
+    text_share: float = 0.34  # of the statistics; probes and same wording share the rest
+    text_tokens: int = 16384  # of the reference text that the statistics are taken from
+    window: int = 256  # tokens of it that are read together
+    guard: float = 30.0  # how much the margins of other prompts weigh against the keys' cost
+    guards: int = 180  # other prompts in the facts' wordings that are guarded, six a fact at most
+    guards_apart: int = 60  # other prompts in other wordings
+    stored: Stored = "BF16"  # what the file holds
+
+
+@dataclass(frozen=True)
+class Job:
+    """Facts to be forgotten, on a model, beside what is to be preserved.
+
+    ``text``: windows of ids. ``probes``: prompts about other subjects. ``keep``: facts
+    that the owner names. None of them is about the facts.
+    """
+
+    model: Model
+    facts: Sequence[Fact]
+    encoded: Sequence[Encoded]
+    settings: Settings
+    text: Sequence[Sequence[int]]
+    probes: Sequence[Probe]
+    cache: Path | None
+    progress: Progress

@@ -1,0 +1,141 @@
+"""Second moments ``E[k kᵀ]`` of what enters a down projection, kept on disk.
+
+A moment depends on the model's weights, the layer, the tokens and the positions that
+are looked at; its file is named by a digest of all of them. A file that is damaged,
+or of another shape, is computed again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load as parse
+from safetensors.torch import save as render
+
+from .forward import batches, inputs_of
+from .models import Model
+from .progress import Progress
+
+VERSION = 1  # of the computation; another one never reads this one's files
+
+
+def cache_folder(folder: str | Path | None = None) -> Path:
+    """``folder``, or ``$PATCHER_CACHE``, or ``~/.cache/patcher``."""
+    return Path(folder or os.environ.get("PATCHER_CACHE") or Path.home() / ".cache/patcher")
+
+
+def moments(
+    model: Model,
+    sequences: Sequence[Sequence[int]],
+    positions: Sequence[int] | None,
+    layers: Sequence[int],
+    *,
+    cache: Path | None,
+    progress: Progress,
+    what: str,
+) -> dict[int, torch.Tensor]:
+    """``E[k kᵀ]``, ``{layer: [d_in, d_in]}`` float32 on the CPU.
+
+    Args:
+        model: the unpatched model.
+        sequences: token ids.
+        positions: one position of each sequence; None: the mean is over all tokens.
+        layers: zero-based.
+        cache: folder of the files; None: neither read nor written. Trouble with it
+            (no space, no permission) only means that nothing is kept.
+        progress: told of the tokens done.
+        what: the name of the step.
+    """
+    name = _name(model, sequences, positions) if cache else ""
+    found: dict[int, torch.Tensor] = {}
+    for layer in layers:
+        kept = _read(cache, name, layer) if cache else None
+        if (
+            kept is not None
+            and kept.shape == (model.weight(model.module_name(layer)).shape[1],) * 2
+        ):
+            found[layer] = kept
+    wanted = [layer for layer in layers if layer not in found]
+    if wanted:
+        fresh = _compute(model, sequences, positions, wanted, progress, what)
+        for layer, moment in fresh.items():
+            found[layer] = moment
+            if cache:
+                _write(cache, name, layer, moment)
+    return found
+
+
+@torch.no_grad()
+def _compute(
+    model: Model,
+    sequences: Sequence[Sequence[int]],
+    positions: Sequence[int] | None,
+    layers: Sequence[int],
+    progress: Progress,
+    what: str,
+) -> dict[int, torch.Tensor]:
+    total: dict[int, torch.Tensor] = {}
+    count = done = 0
+    lengths = [len(sequence) for sequence in sequences]
+    progress.start(what, sum(lengths))
+    for group in batches(lengths):
+        inputs = inputs_of(model, [sequences[i] for i in group], layers)
+        if positions is None:
+            rows = [r for r, i in enumerate(group) for _ in range(lengths[i])]
+            columns = [c for i in group for c in range(lengths[i])]
+        else:
+            rows, columns = list(range(len(group))), [positions[i] for i in group]
+        for layer, values in inputs.items():
+            k = values[rows, columns]
+            product = (k.T @ k).cpu()
+            total[layer] = total[layer] + product if layer in total else product
+        count += len(rows)
+        done += sum(lengths[i] for i in group)
+        progress.step(done)
+    progress.finish()
+    return {layer: value / count for layer, value in total.items()}
+
+
+def _name(model: Model, sequences: Sequence[Sequence[int]], positions: Sequence[int] | None) -> str:
+    settings = {
+        "version": VERSION,
+        "model": model.digest(),
+        "sequences": [list(s) for s in sequences],
+        "positions": None if positions is None else list(positions),
+    }
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
+
+
+def _path(cache: Path, name: str, layer: int) -> Path:
+    return cache / f"moment-{name}-{layer}.safetensors"
+
+
+def _read(cache: Path, name: str, layer: int) -> torch.Tensor | None:
+    try:
+        data = _path(cache, name, layer).read_bytes()
+        body, checksum = data[:-32], data[-32:]
+        if hashlib.sha256(body).digest() != checksum:
+            return None
+        return parse(body)["moment"]
+    except Exception:  # whatever is wrong with it, it is computed again
+        return None
+
+
+def _write(cache: Path, name: str, layer: int, moment: torch.Tensor) -> None:
+    path = _path(cache, name, layer)
+    fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    body = render({"moment": moment.contiguous()})
+    with contextlib.suppress(OSError):
+        cache.mkdir(parents=True, exist_ok=True)
+        try:
+            fresh.write_bytes(body + hashlib.sha256(body).digest())
+            fresh.replace(path)
+        finally:
+            fresh.unlink(missing_ok=True)
