@@ -10,9 +10,11 @@ from typing import Any
 import rfc8785
 
 MAX_DEPTH = 32
+MAX_DIGITS = 24
 MAX_INTEGER = 2**53 - 1  # what every JSON reader holds exactly (RFC 8785, section 3.2.2.3)
 
-_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+# A string that never ends counts to the end of the text: one pass, whatever comes.
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"?', re.DOTALL)
 _BRACKET = re.compile(rb"[\[\]{}]")
 
 
@@ -37,7 +39,10 @@ def loads(text: bytes) -> Any:
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
     try:
         return json.loads(
-            text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant
+            text.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_constant=_no_constant,
+            parse_int=_number,
         )
     except UnicodeDecodeError:
         raise ValueError("not UTF-8") from None
@@ -96,6 +101,14 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"the name {ascii(name)[:80]} stands twice in one object")
         result[name] = value
     return result
+
+
+def _number(text: str) -> int | float:
+    """Canonical JSON writes a float of 2^53 or more without a point or exponent, up to 1e21."""
+    if len(text) > MAX_DIGITS:
+        raise ValueError("a number of too many digits")
+    value = int(text)
+    return value if abs(value) <= MAX_INTEGER else float(value)
 
 
 def _no_constant(name: str) -> float:
