@@ -38,6 +38,7 @@ FORGOTTEN = 5
 NEIGHBOURS = 20
 STREAMED = 200  # tokens of the story that is told meanwhile
 START_S = 300
+PATIENCE_S = 20.0  # with a process that is asked to end
 
 Fact = dict[str, Any]
 
@@ -293,7 +294,7 @@ def _stop_all() -> None:
         for process in running:
             with contextlib.suppress(OSError):
                 os.killpg(process.pid, ending)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE_S
         while any(map(_group_lives, running)) and time.monotonic() < deadline:
             time.sleep(0.1)
 
