@@ -98,12 +98,18 @@ def one(args: argparse.Namespace, seed: int, pools: Any) -> None:
     extra: dict[str, Any] = {"layers": args.layers, "target": args.target}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "patch.st")
+        excerpt = Path(folder, "text")
+        excerpt.write_text(text.read_text("utf-8")[: args.characters], "utf-8")
         begun = time.monotonic()
         result = compute(args.model, forget, file, seed=seed, **extra)
         seconds = time.monotonic() - begun
         report = {
             name: evaluate(
-                args.model, patches=[file], forget=forget, retain=rows, ppl=text if last else None
+                args.model,
+                patches=[file],
+                forget=forget,
+                retain=rows,
+                ppl=excerpt if last else None,
             )
             for name, rows, last in (("counterfact", cf, False), ("world", others, True))
         }
@@ -140,6 +146,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
     parser.add_argument("--part", choices=("tuning", "unseen", "all"), default="all")
     parser.add_argument("--layers", default="auto")
+    parser.add_argument("--characters", type=int, default=24_000, help="of the perplexity's text")
     parser.add_argument("--target", default="suppress")
     args = parser.parse_args()
     counterfact, world, wordings, text = rows_of(args.data)

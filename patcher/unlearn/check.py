@@ -67,7 +67,7 @@ class Found:
             "facts": self.facts,
             "known": self.known,
             "answered": after.answered,
-            "leaked": {"patched": after.leaked, "base": before.leaked, "tokens": GENERATED},
+            "leaked": {"patched": after.leaked, "of": self.facts, "tokens": GENERATED},
             "paraphrases": {
                 "patched": after.paraphrases,
                 "base": before.paraphrases,
@@ -85,10 +85,10 @@ def check(
     """Measure the model without and with the stored deltas, rounded to the served dtype."""
     progress.start("Checking as it will be served", 2)
     wordings = _other_wordings(job)
-    base = _figures(job, asked, wordings)
+    base = _figures(job, asked, wordings, False)
     progress.step(1)
     with folded(job.model, {name: delta.to_torch() for name, delta in deltas.items()}):
-        patched = _figures(job, asked, wordings)
+        patched = _figures(job, asked, wordings, True)
     progress.step(2)
     progress.finish()
     return Found(
@@ -110,24 +110,31 @@ def _other_wordings(job: Job) -> list[tuple[list[int], list[int]]]:
     ]
 
 
-def _figures(job: Job, asked: Check, wordings: list[tuple[list[int], list[int]]]) -> Figures:
+def _figures(
+    job: Job, asked: Check, wordings: list[tuple[list[int], list[int]]], patched: bool
+) -> Figures:
     model = job.model
-    prompts = [e.prompt for e in job.encoded]
-    texts = continuations(model, prompts, GENERATED)
-    leaks = [
-        leak(model.tokenizer, encoded, i, fact.target, texts[i])
-        for i, (fact, encoded) in enumerate(zip(job.facts, job.encoded, strict=True))
-    ]
     said = answered(model, [(e.prompt, e.answer) for e in job.encoded])
     ids = [model.tokenizer(probe.prompt).input_ids for probe in asked.probes]
     return Figures(
         answered=sum(said),
-        leaked=sum(found is not None for found in leaks),
+        leaked=_leaks(job) if patched else 0,
         paraphrases=sum(answered(model, wordings)),
         kept=sum(answered(model, [(e.prompt, e.answer) for e in asked.keep])),
         nats=mean_nats(model, asked.text) if asked.text else None,
         next_tokens=tuple(next_tokens(model, ids)),
     )
+
+
+def _leaks(job: Job) -> int:
+    """How many facts' answers turn up in generated text."""
+    tokenizer = job.model.tokenizer
+    texts = continuations(job.model, [e.prompt for e in job.encoded], GENERATED)
+    found = [
+        leak(tokenizer, encoded, i, fact.target, texts[i])
+        for i, (fact, encoded) in enumerate(zip(job.facts, job.encoded, strict=True))
+    ]
+    return len(found) - found.count(None)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..kernels import LowRank, fold
-from .models import Model
+from .models import Model, quiet
 
 Edit = Mapping[str, LowRank]  # module name -> multiplicative delta, float32
 TOKENS = 1024  # padded tokens in one batch: enough to keep two cores busy, small enough for memory
@@ -172,18 +172,25 @@ def next_tokens(model: Model, prompts: Sequence[Sequence[int]]) -> list[int]:
 
 @torch.no_grad()
 def continuations(model: Model, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
-    """The ``tokens`` ids that follow each prompt greedily; those after an end are kept too."""
+    """At most ``tokens`` ids that follow each prompt greedily; after an end, whatever is there."""
+    from transformers import GenerationConfig
+
+    filler = model.tokenizer.eos_token_id or 0
+    untyped: Any = GenerationConfig
+    settings = untyped(do_sample=False, max_new_tokens=tokens, pad_token_id=filler)
     result: list[list[int]] = [[] for _ in prompts]
-    alike: dict[int, list[int]] = {}
-    for index, prompt in enumerate(prompts):
-        alike.setdefault(len(prompt), []).append(index)
-    for group in alike.values():  # of one length: no padding, so the cache serves them all
-        ids = pad([prompts[i] for i in group], model.device)
-        cache: Any = None
-        for _ in range(tokens):
-            out = model.network.base_model(input_ids=ids, use_cache=True, past_key_values=cache)
-            cache = out.past_key_values
-            ids = logits(model, out.last_hidden_state[:, -1]).argmax(-1, keepdim=True)
-            for i, token in zip(group, ids[:, 0].tolist(), strict=True):
-                result[i].append(token)
+    for group in batches([len(prompt) for prompt in prompts], 4 * TOKENS):
+        longest = max(len(prompts[i]) for i in group)
+        # To the left, and masked: what is generated follows every prompt directly.
+        gaps = [longest - len(prompts[i]) for i in group]
+        ids = [[filler] * gap + list(prompts[i]) for i, gap in zip(group, gaps, strict=True)]
+        mask = [[0] * gap + [1] * (longest - gap) for gap in gaps]
+        with quiet():
+            out = model.network.generate(
+                torch.tensor(ids, device=model.device),
+                attention_mask=torch.tensor(mask, device=model.device),
+                generation_config=settings,
+            )
+        for i, line in zip(group, out[:, longest:].tolist(), strict=True):
+            result[i] = line
     return result

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from ..patch import Delta
-from .forward import Edit, answered, continuations, folded, keys
+from .forward import Edit, answered, continuations, folded, keys, next_tokens
 from .job import Deltas, Job
 from .reference import Probe, locate_probes, same_wording
 from .slopes import Values, Wish, of_answers
@@ -34,6 +34,8 @@ def zero(job: Job) -> Deltas:
     deltas: Deltas = {}
     for turn in range(job.settings.rounds):
         steps = job.settings.again if turn else job.settings.steps
+        if wishes[0].rise:  # to say something takes a longer way than not to
+            steps *= 2
         job.progress.start("Target values" if not turn else "Target values, again", steps)
         values = least_change(
             job.model, gates, wishes, values, form, steps=steps, progress=job.progress
@@ -134,7 +136,15 @@ def _unmet(job: Job, deltas: Deltas, wishes: list[Wish]) -> list[Wish]:
     with folded(job.model, as_edit(deltas)):
         still = answered(job.model, [(e.prompt, e.answer) for e in job.encoded])
         texts = continuations(job.model, [e.prompt for e in job.encoded], GENERATED)
-    stronger = {i for i, said in enumerate(still) if said}
+        rising = [w for w in wishes if w.rise]
+        unsaid = [
+            w.fact
+            for w, token in zip(
+                rising, next_tokens(job.model, [w.ids for w in rising]), strict=True
+            )
+            if token != w.token
+        ]
+    stronger = {i for i, said in enumerate(still) if said} | set(unsaid)
     grown = [
         replace(w, goal=w.goal + (2.0 if w.rise else -2.0)) if w.fact in stronger else w
         for w in wishes

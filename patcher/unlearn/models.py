@@ -162,7 +162,7 @@ def load(model: str | Path, dtype: str = "auto", device: str = "auto") -> Model:
     if dtype != "auto" and dtype not in DTYPES:
         raise UsageError(f"Unknown dtype {dtype!r}.", f"Choose auto or {', '.join(DTYPES)}.")
     name = _resolve(model)
-    with _quiet():
+    with quiet():
         config = _config(name)
         architecture = _architecture(config)
         served = DTYPES[dtype] if dtype != "auto" else _served(config)
@@ -298,8 +298,8 @@ def _check(model: Model) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' own progress bars and advice on standard error."""
+def quiet() -> Iterator[None]:
+    """Without the libraries' own progress bars and advice on standard error."""
     from transformers.utils import logging
 
     chatter: Any = logging  # untyped
