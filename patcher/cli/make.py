@@ -253,13 +253,16 @@ def _figures(figures: Mapping[str, Any], prefix: str = "measured ") -> list[tupl
 
 
 def _print_report(document: Mapping[str, Any]) -> None:
-    base, patched = document["base"], document["patched"]
-    rows: list[tuple[str, str, str]] = []
-    for name in _METRICS:
-        rows.append((name, percent(base[name]), percent(patched[name])))
-    rows.append(("perplexity", _perplexity(base), _perplexity(patched)))
+    sides = ("base", "patched")
+    rows = [(name, *(_fraction(document, side, name) for side in sides)) for name in _METRICS]
+    rows.append(("perplexity", *(_perplexity(document[side]) for side in sides)))
     click.echo(f"{document['facts']} facts, {document['known']} of them known to the base.")
     table(["", ">base", ">patched"], rows)
+
+
+def _fraction(document: Mapping[str, Any], side: str, name: str) -> str:
+    count = document["counts"][side][name]
+    return f"{percent(document[side][name])} ({count['yes']} of {count['of']})"
 
 
 def _perplexity(figures: Mapping[str, Any]) -> str:

@@ -50,7 +50,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], dict[str, Any]]:
         def as_dict(self) -> dict[str, Any]:
             figures = dict.fromkeys(("efficacy", "generalization", "specificity"), 0.25)
             figures |= {"retained": None, "perplexity": 12.345678}  # type: ignore[dict-item]
-            return {"facts": 5, "known": 4, "base": figures, "patched": figures}
+            counts = {name: {"yes": 1, "of": 4} for name in figures}
+            both = {"base": counts, "patched": counts}
+            return {"facts": 5, "known": 4, "base": figures, "patched": figures, "counts": both}
 
     def evaluate(**wishes: Any) -> Report:
         calls["evaluate"] = wishes
@@ -136,7 +138,7 @@ def test_evaluate_hands_its_options_on(
     wishes = asked("evaluate")
     assert wishes["patches"] == (patch_file,)
     assert (wishes["retain"], wishes["ppl"], wishes["dtype"]) == (forget, forget, "float16")
-    assert "25.0 %" in result.stdout
+    assert "25.0 % (1 of 4)" in result.stdout
     assert "12.346" in result.stdout
     assert "–" in result.stdout
 
