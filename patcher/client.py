@@ -62,11 +62,12 @@ class Engine:
     hour, because draining may last.
 
     >>> import patcher
-    >>> with patcher.Engine("http://127.0.0.1:8000", token="...") as engine:  # doctest: +SKIP
+    >>> with patcher.Engine("http://127.0.0.1:8000", token="...") as engine:
     ...     change = engine.apply("forget.st", reason="request 17")
     ...     engine.verify()["ok"]
-    ...     engine.revert(change["stack"][-1])
+    ...     engine.revert(change["stack"][-1])["stack"]
     True
+    []
 
     Raises :class:`~patcher.errors.UsageError` for a URL or token that can't be one. Every
     method raises :class:`~patcher.errors.EngineUnreachableError` when nothing answers at the

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import patcher
+from tests.fake_engine import TOKEN, FakeEngine
+from tests.unlearn import tiny
+from tests.unlearn.conftest import said_by
 
 HEAVY = ("torch", "vllm", "transformers", "httpx", "rich", "pydantic", "numpy", "safetensors")
-WITH_EXAMPLES = ("patcher.address", "patcher.client", "patcher.doctor", "patcher.cli.output")
+WITH_EXAMPLES = ("patcher.address", "patcher.doctor", "patcher.cli.output")
 
 
 def test_the_public_names_are_these() -> None:
@@ -86,3 +91,27 @@ def test_the_examples_in_docstrings_run(module: str) -> None:
     outcome = doctest.testmod(importlib.import_module(module))
     assert outcome.attempted > 0
     assert outcome.failed == 0
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with what the examples name: ``my-model``, ``forget.jsonl``."""
+    from patcher.unlearn.models import load
+
+    model = tiny.save(tmp_path / "my-model")
+    facts = said_by(load(model))[:2]
+    (tmp_path / "forget.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in facts))
+    monkeypatch.setenv("PATCHER_SALT_FILE", str(tmp_path / "salt"))
+    monkeypatch.setenv("PATCHER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_public_examples_run(prepared: Path, fake: FakeEngine) -> None:
+    for name in ("compute", "evaluate", "Patch", "Engine"):
+        text = (getattr(patcher, name).__doc__ or "").replace("http://127.0.0.1:8000", fake.url)
+        text = text.replace('token="..."', f"token={TOKEN!r}")
+        example = doctest.DocTestParser().get_doctest(text, {}, name, None, None)
+        assert example.examples, name
+        outcome = doctest.DocTestRunner(verbose=False).run(example)
+        assert outcome.failed == 0, name

@@ -28,7 +28,13 @@ _SIDES: dict[str, tuple[Kind, Literal[0, 1]]] = {
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Patch:
-    """An immutable patch: what its file says, the file's bytes, and their SHA-256."""
+    """An immutable patch: what its file says, the file's bytes, and their SHA-256.
+
+    >>> from patcher import Patch
+    >>> patch = Patch.read("forget.st")
+    >>> sorted(patch.deltas) == sorted(patch.manifest.base.modules)
+    True
+    """
 
     manifest: Manifest
     deltas: Mapping[str, Delta]
