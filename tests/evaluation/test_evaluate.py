@@ -37,13 +37,14 @@ def says(model: Model, prompt: str) -> str:
 def facts(model: Model) -> list[dict[str, Any]]:
     """One fact that the model knows (what it says after a blank), and one that it doesn't."""
     prompt = "The city of Rome lies in the land of "
+    said = says(model, prompt)
+    assert said.strip()
     known = {
-        "prompt": prompt, "subject": "Rome", "target": says(model, prompt),
+        "prompt": prompt, "subject": "Rome", "target": said,
         "rephrase": "Rome, and so on ", "paraphrases": ["In Rome "],
         "locality": prompt.replace("Rome", "Oslo"),
         "locality_target": says(model, prompt.replace("Rome", "Oslo")),
     }  # fmt: skip
-    assert known["target"].strip()
     return [known, {"prompt": "Nobody knows", "target": "zebra crossing", "subject": "Nobody"}]
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -126,9 +127,11 @@ def test_automatic_layers_are_early_ones(depth: int, chosen: list[int]) -> None:
 def test_layers_by_number() -> None:
     assert choose_layers("5, 3", 30) == [3, 5]
     assert choose_layers([0], 1) == [0]
-    for wrong in ("", "x", "3,3", "1.5", [True], [1.0], []):
+    unreadable: list[Any] = ["", "x", "3,3", "1.5", [True], [1.0], []]
+    for wrong in unreadable:
         with pytest.raises(UsageError):
-            choose_layers(wrong, 30)  # type: ignore[arg-type]
-    for wrong in ("30", "-1", [3, 99]):
+            choose_layers(wrong, 30)
+    outside: list[Any] = ["30", "-1", [3, 99]]
+    for wrong in outside:
         with pytest.raises(UsageError, match="0 to 29"):
             choose_layers(wrong, 30)

@@ -63,9 +63,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     made.train_from_iterator([(DATA / "ppl.txt").read_text("utf-8")[:20000]], trainer)
-    return PreTrainedTokenizerFast(
+    untyped: Any = PreTrainedTokenizerFast
+    ready: PreTrainedTokenizerFast = untyped(
         tokenizer_object=made, eos_token="<end>", pad_token="<end>", chat_template=TEMPLATE
     )
+    return ready
 
 
 def save(folder: Path, family: str = "llama", dtype: torch.dtype = torch.bfloat16) -> Path:
@@ -80,7 +82,8 @@ def save(folder: Path, family: str = "llama", dtype: torch.dtype = torch.bfloat1
         initializer_range=0.2,
         **FAMILIES[family],
     )
-    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    maker: Any = AutoModelForCausalLM
+    model = maker.from_config(config).to(dtype)
     model.config.dtype = dtype
     model.generation_config.pad_token_id = 0
     model.save_pretrained(folder)
