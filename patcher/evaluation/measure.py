@@ -12,7 +12,7 @@ from ..unlearn.forward import Edit, answered, folded
 from ..unlearn.models import Model, load
 from ..unlearn.pipeline import Chosen, choose
 from ..unlearn.progress import Progress, Silent
-from ..unlearn.prompts import encode, encode_fact
+from ..unlearn.prompts import encode, encode_facts
 from ..unlearn.reference import read_text
 from . import perplexity as ppl_
 from .report import Count, EvaluationReport, Figures
@@ -116,12 +116,12 @@ class _Asked:
             for fact in chosen.facts
             if fact.locality is not None and fact.locality_target is not None
         ]
-        coded = [encode_fact(model.tokenizer, fact, model.max_tokens) for fact in stay]
+        coded = encode_facts(model.tokenizer, stay, model.max_tokens)
         self.stay: list[Pair] = [(e.prompt, e.answer) for e in coded]
         said = answered(model, self.stay)
         self.stay = [pair for pair, yes in zip(self.stay, said, strict=True) if yes]
         self.windows = [] if text is None else ppl_.cut(model, text)
-        if self.windows and len(self.windows[0]) < 2:
+        if text is not None and not self.windows:
             raise InputError("The text for perplexity has one token.", "Give a longer one.")
 
     @property

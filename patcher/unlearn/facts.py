@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class Fact:
     paraphrases: tuple[str, ...] = ()
     locality: str | None = None
     locality_target: str | None = None
+    line: int = field(default=0, compare=False)  # where it stood, for messages
 
     @property
     def text(self) -> str:
@@ -97,13 +98,14 @@ def read_facts(source: Source, limit: int | None = None) -> list[Fact]:
         seen[key] = number
         facts.append(fact)
     if problems:
-        raise _error(problems)
+        raise unusable(problems)
     if not facts:
         raise ForgetSetError("The forget set is empty.", "Give one JSON object a line.")
     return facts[:limit]
 
 
-def _error(problems: list[str]) -> ForgetSetError:
+def unusable(problems: Sequence[str]) -> ForgetSetError:
+    """The error that names all of those problems."""
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     shown = "; ".join(problems[:SHOWN])
     more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
@@ -182,7 +184,17 @@ def _fact(row: Mapping[str, Any], number: int, problems: list[str]) -> Fact | No
     if optional["locality_target"] is not None and optional["locality"] is None:
         found.append("locality_target: without locality")
     if not found:
-        fact = Fact(target or "", prompt, messages, paraphrases=tuple(paraphrases), **optional)
+        fact = Fact(
+            target or "",
+            prompt,
+            messages,
+            optional["subject"],
+            optional["rephrase"],
+            tuple(paraphrases),
+            optional["locality"],
+            optional["locality_target"],
+            number,
+        )
         if fact.subject is not None and locate(fact.text, fact.subject) is None:
             where = "prompt" if fact.messages is None else "last message by the user"
             found.append(f"subject: does not stand in the {where}")

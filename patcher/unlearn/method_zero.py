@@ -105,11 +105,15 @@ def _preserved(job: Job, layers: list[int]) -> dict[int, torch.Tensor]:
         progress=job.progress,
         what="Statistics of the reference text",
     )
-    parts = [of_prompts(job.probes, "Statistics of other subjects", True)]
+    parts = []
+    if job.probes:
+        parts.append(of_prompts(job.probes, "Statistics of other subjects", True))
     each = max(4, min(16, SAME_WORDING // len(job.facts)))
     alike = same_wording(job.facts, job.probes, each, job.settings.seed)
     if alike:
         parts.append(of_prompts(alike, "Statistics of the same wordings", False))
+    if not parts:
+        return text
     rest = (1 - share) / len(parts)
     return {
         layer: share * text[layer] + rest * sum((p[layer] for p in parts), torch.zeros(()))

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ForgetSetError, UsageError
+from ..errors import ForgetSetError, InputError, UsageError
 from ..patch import Base, Manifest, Method, Patch, Requests, commitment, module_base, owner_salt
 from .check import Check, Found, check
 from .facts import Fact, Source, read_facts
@@ -19,7 +19,7 @@ from .job import Deltas, Job, Settings
 from .layers import choose_layers
 from .models import Model, load
 from .progress import Progress, Silent
-from .prompts import Encoded, encode_fact
+from .prompts import Encoded, encode_facts
 from .reference import Probe, reference_text, shipped_probes, windows, without
 from .registry import method as find_method
 from .statistics import cache_folder
@@ -190,7 +190,7 @@ def choose(
     progress.start("What the model knows", len(facts))
     while len(known) < len(facts) and len(picked) < wanted:
         part = facts[len(known) : len(known) + 256]
-        ids = [encode_fact(model.tokenizer, fact, model.max_tokens) for fact in part]
+        ids = encode_facts(model.tokenizer, part, model.max_tokens)
         said = answered(model, [(e.prompt, e.answer) for e in ids])
         picked += [len(known) + i for i, yes in enumerate(said) if yes or not known_only]
         encoded += ids
@@ -225,13 +225,15 @@ def _job(
     """The job, and apart from it what the check will ask."""
     window = min(settings.window, model.max_tokens or settings.window)
     pieces = windows(model.tokenizer, text, window, settings.text_tokens + CHECKED_TOKENS)
+    if not pieces:
+        raise InputError("The reference text has no two tokens.", "Give some thousand words.")
     aside = min(CHECKED_TOKENS // window, len(pieces) // 8)
     read, unread = (pieces[:-aside], pieces[-aside:]) if aside else (pieces, [])
     probes = without(chosen.facts, shipped_probes())
     step = max(1, len(probes) // HELD_OUT)
     asked = probes[::step][:HELD_OUT]
     probes = [probe for i, probe in enumerate(probes) if i % step or i // step >= HELD_OUT]
-    owners = [encode_fact(model.tokenizer, fact, model.max_tokens) for fact in kept]
+    owners = encode_facts(model.tokenizer, kept, model.max_tokens)
     probes += [Probe(f.prompt, f.subject or f.prompt) for f in kept if f.prompt is not None]
     settings = replace(settings, window=window)
     place = cache_folder(cache)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..errors import ForgetSetError
-from .facts import Fact
+from .facts import Fact, unusable
 from .subject import Span, guess, locate
 
 
@@ -16,6 +16,26 @@ class Encoded(NamedTuple):
     prompt: list[int]
     answer: list[int]
     subject: int
+
+
+def encode_facts(
+    tokenizer: Any, facts: Sequence[Fact], max_tokens: int | None = None
+) -> list[Encoded]:
+    """Each fact's ids.
+
+    Raises:
+        ForgetSetError: as :func:`encode_fact`, for all of them at once.
+    """
+    coded: list[Encoded] = []
+    problems: list[str] = []
+    for fact in facts:
+        try:
+            coded.append(encode_fact(tokenizer, fact, max_tokens))
+        except ForgetSetError as error:
+            problems.append(f"line {fact.line}: {error.message.rstrip('.')}")
+    if problems:
+        raise unusable(problems)
+    return coded
 
 
 def encode_fact(tokenizer: Any, fact: Fact, max_tokens: int | None = None) -> Encoded:
@@ -83,6 +103,13 @@ def encode(
     if whole[: len(head)] == head and len(whole) > len(head):
         return head, whole[len(head) :]
     return head, tokenizer(tail, add_special_tokens=False).input_ids
+
+
+def opening(tokenizer: Any) -> list[int]:
+    """The special tokens that the tokenizer puts before a text."""
+    bare: list[int] = tokenizer("a", add_special_tokens=False).input_ids
+    full: list[int] = tokenizer("a").input_ids
+    return full[: full.index(bare[0])] if bare and bare[0] in full else []
 
 
 def _closing(tokenizer: Any, special: bool) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 from ..errors import InputError
 from .facts import Fact
 from .models import Model
-from .prompts import last_token
+from .prompts import last_token, opening
 from .subject import guess, locate
 
 MAX_BYTES = 64 * 2**20
@@ -98,8 +99,9 @@ def same_wording(
 
 def without(facts: Sequence[Fact], probes: Sequence[Probe]) -> list[Probe]:
     """The probes whose prompts name no subject of the forget set."""
-    own = [_subject(fact).casefold() for fact in facts]
-    return [p for p in probes if not any(name in p.prompt.casefold() for name in own)]
+    names = "|".join(re.escape(_subject(fact).casefold()) for fact in facts)
+    named = re.compile(rf"(?<!\w)(?:{names})(?!\w)")
+    return [probe for probe in probes if not named.search(probe.prompt.casefold())]
 
 
 def locate_probes(model: Model, probes: Sequence[Probe]) -> Located:
@@ -115,14 +117,20 @@ def locate_probes(model: Model, probes: Sequence[Probe]) -> Located:
 
 
 def windows(tokenizer: Any, text: str, length: int, limit: int) -> list[list[int]]:
-    """The first ``limit`` tokens of a text in pieces of ``length``; a rest of one is left out."""
+    """The first ``limit`` tokens of a text in pieces of ``length``; a rest of one is left out.
+
+    Each piece begins with the special tokens that the tokenizer puts before a text:
+    some models make no sense of one without.
+    """
     # Twelve characters a token is more than any text has: the rest is tokenised in vain.
     ids: list[int] = tokenizer(
         text[: limit * 12], add_special_tokens=False, verbose=False
     ).input_ids
     ids = ids[:limit]
-    pieces = [ids[start : start + length] for start in range(0, len(ids), length)]
-    return [piece for piece in pieces if len(piece) > 1]
+    first = opening(tokenizer)
+    step = max(1, length - len(first))
+    pieces = [ids[start : start + step] for start in range(0, len(ids), step)]
+    return [first + piece for piece in pieces if len(piece) > 1]
 
 
 def _subject(fact: Fact) -> str:

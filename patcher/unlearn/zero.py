@@ -64,14 +64,3 @@ def gate(
     # Keys that coincide make it singular: a ten-thousandth of its mean keeps it invertible.
     cost += torch.eye(len(cost)).to(W) * (1e-4 * cost.trace() / len(cost) + 1e-12)
     return Gate(R.float(), cost)
-
-
-def delta(
-    weight: torch.Tensor,
-    keys: torch.Tensor,
-    moment: torch.Tensor,
-    change: torch.Tensor,
-    strength: Strength,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(L, R)`` of ``D = I + L R`` for changes ``E [d_out, n]`` of the facts' outputs."""
-    return change, gate(weight, keys, moment, strength).right

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -7,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from patcher.errors import ModelError, UsageError
+from patcher.errors import ForgetSetError, ModelError, UsageError
 from patcher.kernels import LowRank
 from patcher.patch import module_base
 from patcher.unlearn.facts import Fact
 from patcher.unlearn.forward import answered, continuations, folded, hidden, inputs_of, logits
 from patcher.unlearn.models import ARCHITECTURES, Model, load
-from patcher.unlearn.prompts import encode, encode_fact
+from patcher.unlearn.prompts import encode, encode_fact, encode_facts
 
 from . import tiny
 
@@ -157,3 +158,12 @@ def test_messages_go_through_the_template(tiny_model: Model) -> None:
     assert text == "<user> Where is Paris?\n<assistant> "
     upto = tiny_model.tokenizer.decode(coded.prompt[: coded.subject + 1])
     assert upto == "<user> Where is Paris"
+
+
+def test_facts_that_can_not_be_encoded_are_named_by_line(tiny_model: Model) -> None:
+    long = Fact("x", prompt="word " * 300, subject="word", line=7)
+    silent = copy.copy(tiny_model.tokenizer)
+    silent.chat_template = None
+    chat = Fact("x", messages=({"role": "user", "content": "Hi"},), line=9)
+    with pytest.raises(ForgetSetError, match=r"line 7: .* takes 256; line 9: .*no chat template"):
+        encode_facts(silent, [long, chat], 256)
