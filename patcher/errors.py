@@ -48,97 +48,133 @@ class PatcherError(Exception):
 
 
 class UsageError(PatcherError):
+    """The call's words are off."""
+
     code = "usage"
     exit_code = 2
     http_status = 400
 
 
 class InvalidPatchError(PatcherError):
+    """The patch file is damaged or malformed."""
+
     code = "invalid-patch"
     exit_code = 3
     http_status = 422
 
 
 class FormatVersionError(InvalidPatchError):
+    """The patch file is of a format that this version can't read."""
+
     code = "format-version"
 
 
 class BaseMismatchError(PatcherError):
+    """The patch was computed on other weights."""
+
     code = "base-mismatch"
     exit_code = 4
     http_status = 422
 
 
 class TrustError(PatcherError):
+    """The patch isn't signed as the policy asks."""
+
     code = "not-trusted"
     exit_code = 5
     http_status = 403
 
 
 class StackConflictError(PatcherError):
+    """The stack doesn't admit the change."""
+
     code = "stack-conflict"
     exit_code = 6
     http_status = 409
 
 
 class UnknownPatchError(StackConflictError):
+    """No patch of that id is in the stack or the store."""
+
     code = "unknown-patch"
     http_status = 404
 
 
 class AmbiguousIdError(StackConflictError):
+    """A shortened id fits several patches."""
+
     code = "ambiguous-id"
 
 
 class AlreadyAppliedError(StackConflictError):
+    """The patch is in force already."""
+
     code = "already-applied"
 
 
 class StackChangedError(StackConflictError):
+    """Somebody else changed the stack meanwhile."""
+
     code = "stack-changed"
     http_status = 412
 
 
 class EngineUnreachableError(PatcherError):
+    """No answer from that URL, or not from the plugin."""
+
     code = "engine-unreachable"
     exit_code = 7
     http_status = 502
 
 
 class EngineRefusedError(PatcherError):
+    """The engine refused or rolled back; what was in force still is."""
+
     code = "engine-refused"
     exit_code = 8
     http_status = 503
 
 
 class VerificationError(PatcherError):
+    """The live weights are not what base and stack must give."""
+
     code = "verification-failed"
     exit_code = 9
     http_status = 500
 
 
 class PermissionDeniedError(PatcherError):
+    """The token is missing or unknown."""
+
     code = "not-permitted"
     exit_code = 10
     http_status = 401
 
 
 class RoleTooWeakError(PermissionDeniedError):
+    """The token may do less than this."""
+
     code = "role-too-weak"
     http_status = 403
 
 
 class InputError(PatcherError):
+    """Forget set, text or model can't be used."""
+
     code = "bad-input"
     exit_code = 11
     http_status = 422
 
 
 class ForgetSetError(InputError):
+    """The forget set can't be used."""
+
     code = "bad-forget-set"
 
 
 class ModelError(InputError):
+    """The model can't be used."""
+
     code = "bad-model"
 
 

@@ -84,7 +84,7 @@ class PatchService:
         except Exception as error:
             raise EngineRefusedError(
                 "The engine's workers don't have the plugin.",
-                "Name `patcher` in VLLM_PLUGINS for every process of the engine; see `patcher doctor`.",
+                "Name `patcher` in VLLM_PLUGINS for every process of the engine.",
             ) from error
 
     async def status(self) -> dict[str, Any]:
