@@ -104,6 +104,11 @@ def test_sends_more_than_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     refused(GOOD, "larger than")
 
 
+def test_sends_a_header_beyond_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(container, "MAX_HEADER_BYTES", int.from_bytes(GOOD[:8], "little") - 1)
+    refused(GOOD, "header length is out of bounds")
+
+
 # -- the header's JSON ---------------------------------------------------------------------------
 
 

@@ -12,7 +12,14 @@ import torch
 
 from patcher.errors import BaseMismatchError, ModelError, UsageError
 from patcher.kernels import column_digests, digest
-from patcher.patch import ModuleBase, check_module, commitment, module_base, owner_salt
+from patcher.patch import (
+    ModuleBase,
+    check_module,
+    commitment,
+    files,
+    module_base,
+    owner_salt,
+)
 
 WEIGHT = torch.randn(4, 96, generator=torch.Generator().manual_seed(1)).bfloat16()
 BASE = module_base(WEIGHT)
@@ -117,6 +124,20 @@ def test_all_who_ask_at_once_get_the_same_salt(salt_file: Path) -> None:
     with ThreadPoolExecutor(16) as pool:
         salts = list(pool.map(lambda _: owner_salt(), range(64)))
     assert len(set(salts)) == 1
+    assert [p.name for p in salt_file.parent.iterdir()] == ["salt"]
+
+
+def test_who_comes_second_takes_the_first_one_s_salt(
+    salt_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = files.write_new
+
+    def overtaken(path: Path, data: bytes, mode: int) -> None:
+        plain(path, data, mode)
+        plain(salt_file, b"ab" * 32, 0o600)
+
+    monkeypatch.setattr(files, "write_new", overtaken)
+    assert owner_salt() == b"\xab" * 32
     assert [p.name for p in salt_file.parent.iterdir()] == ["salt"]
 
 

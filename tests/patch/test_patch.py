@@ -179,6 +179,9 @@ def test_takes_torch_matrices_and_gradients() -> None:
 def test_rounds_once_to_the_stored_dtype() -> None:
     tie = 1 + 2**-8 + 2**-40  # through float32 this would become 1
     assert Delta.multiplicative([[tie]], [[1.0]], "BF16").left.item() == 1 + 2**-7
+    below = 1 + 2**-8 - 2**-40  # and this 1 + 2^-7
+    assert Delta.multiplicative([[below]], [[1.0]], "BF16").left.item() == 1
+    assert Delta.multiplicative([[below + 2**-7]], [[1.0]], "BF16").left.item() == 1 + 2**-7
     assert Delta.multiplicative([[1 + 2**-11 + 2**-40]], [[1.0]], "F16").left.item() == 1 + 2**-10
     assert Delta.multiplicative([[1 + 2**-24 + 2**-50]], [[1.0]]).left.item() == 1 + 2**-23
 
@@ -226,7 +229,7 @@ def test_norms_are_those_of_the_dense_matrix() -> None:
     dense = additive.left.astype(float) @ additive.right.astype(float)
     assert additive.spectral_norm == pytest.approx(np.linalg.norm(dense, 2))
     assert additive.gain is None
-    damping = Delta.multiplicative([[-0.5], [0.0]], [[1.0, 0.0]])
+    damping = Delta.multiplicative([[-0.5], [0.0], [0.0]], [[1.0, 0.0, 0.0]])
     assert damping.gain == pytest.approx(1.0)
 
 
