@@ -20,8 +20,10 @@ class EngineInfo(TypedDict):
     vllm: str
     patcher: str
     model: str
+    dtype: str
     platform: str
     world_size: int
+    eager: bool
     state: str
 
 
@@ -81,11 +83,28 @@ class Change(TypedDict):
     pause_ms: float
 
 
+class LiveModule(TypedDict):
+    """A rank's part of a weight as it serves: its digest, and whether it is what must be."""
+
+    ok: bool
+    digest: str
+
+
+class LiveRank(TypedDict):
+    """What one rank serves."""
+
+    rank: int
+    stack: list[str]
+    modules: dict[str, LiveModule]
+
+
 class Verification(TypedDict):
     """``modules``: whether each live weight is what (base, stack) must give, on every rank."""
 
     ok: bool
     modules: dict[str, bool]
+    weight_version: str
+    ranks: list[LiveRank]
 
 
 class LedgerEntry(TypedDict):
