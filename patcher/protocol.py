@@ -24,6 +24,7 @@ class EngineInfo(TypedDict):
     platform: str
     world_size: int
     eager: bool
+    weight_version: str | None
     state: str
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 from enum import IntEnum
 from pathlib import Path
 
 from patcher.engine.store import Store
 from patcher.errors import EngineRefusedError, PermissionDeniedError, RoleTooWeakError
+from patcher.patch import files
 
 TOKEN_BYTES = 32
 OWNER = "admin"  # the name under which the token in the file acts
@@ -27,24 +27,21 @@ def ensure_token(store: Store, path: Path) -> bool:
 
     Raises :class:`EngineRefusedError` where the file can't be read or made, or is empty.
     """
-    made = False
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        try:
-            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:
-            pass
-        else:
-            with os.fdopen(handle, "w") as file:
-                file.write(secrets.token_urlsafe(TOKEN_BYTES) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            made = True
+        made = not path.exists()
+        if made:
+            files.create(path, secrets.token_urlsafe(TOKEN_BYTES).encode() + b"\n")
         token = path.read_text(encoding="ascii").strip()
+        readable = path.stat().st_mode & 0o007
     except (OSError, UnicodeDecodeError) as error:
         raise EngineRefusedError(
             f"The token file {path} can't be used: {error}.", "Name another with --token-file."
         ) from error
+    if readable:
+        raise EngineRefusedError(
+            f"Everybody on this machine can read the token file {path}.", f"Run: chmod 600 {path}"
+        )
     if len(token) < 16:
         raise EngineRefusedError(
             f"The token in {path} has fewer than 16 characters.",
@@ -54,7 +51,7 @@ def ensure_token(store: Store, path: Path) -> bool:
     return made
 
 
-def authorise(store: Store, header: str | None, needed: Role) -> str:
+def authorise(store: Store | None, header: str | None, needed: Role) -> str:
     """The name of the token in an ``Authorization`` header, where its role reaches ``needed``.
 
     Raises :class:`PermissionDeniedError`, or :class:`RoleTooWeakError`, otherwise.
@@ -65,7 +62,7 @@ def authorise(store: Store, header: str | None, needed: Role) -> str:
             "This needs patcher's token.",
             "Give it with PATCHER_TOKEN or --token-file; `patcher serve` prints where it lies.",
         )
-    owner = store.token_owner(token.strip())
+    owner = None if store is None else store.token_owner(token.strip())
     if owner is None:
         raise PermissionDeniedError(
             "The engine doesn't know this token.", "Use the one in the engine's token file."

@@ -7,6 +7,7 @@ Read in vLLM 0.32.0: ``vllm/plugins/__init__.py`` and
 from __future__ import annotations
 
 import logging
+import os
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ from patcher.engine.settings import PLUGIN, Settings, asked_for, disabled
 if TYPE_CHECKING:
     from fastapi import FastAPI
     from starlette.datastructures import State
+
+    from patcher.engine.store import Store
 
 logger = logging.getLogger("vllm.patcher")
 
@@ -45,19 +48,17 @@ class PatcherEndpoint:
 
         Whatever fails is raised: vLLM then ends without having served a request.
         """
-        if engine_client is None:
-            state.patcher_off = "this server has no engine"
-            return
         from patcher.engine.auth import ensure_token
+        from patcher.engine.routes import PluginState
         from patcher.engine.service import PatchService
         from patcher.engine.store import Store
 
+        if engine_client is None:
+            state.patcher = PluginState(None, off="it has no engine")
+            return
         settings = Settings.read(args.model)
         store = Store(settings.state)
-        if settings.disabled:
-            state.patcher_off = "PATCHER_DISABLE is set"
-            _start_without(store, "start-disabled")
-            return
+        store.claim(_instance(args))
         made = ensure_token(store, settings.token_file)
         logger.info(
             "patcher: state in %s, %s token in %s",
@@ -65,19 +66,31 @@ class PatcherEndpoint:
             "new" if made else "admin",
             settings.token_file,
         )
-        if settings.no_restore:
-            _start_without(store, "start-without-restore")
-        else:
-            store.suspend(False, "start", {"stack": list(store.committed().ids)})
+        _record_start(store, settings)
+        if settings.disabled:
+            state.patcher = PluginState(store, off="PATCHER_DISABLE is set")
+            return
         service = PatchService(engine_client, store)
         await service.restore()
-        state.patcher = service
+        state.patcher = PluginState(store, service)
 
 
-def _start_without(store: Any, event: str) -> None:
+def _instance(args: Namespace) -> str:
+    """What the API-server processes of one engine have in common: vLLM starts them from one."""
+    several = (getattr(args, "api_server_count", None) or 1) > 1
+    return str(os.getppid() if several else os.getpid())
+
+
+def _record_start(store: Store, settings: Settings) -> None:
     held = list(store.committed().ids)
-    logger.warning("patcher: %s; %d committed patches are not in force", event, len(held))
-    store.suspend(True, event, {"held": held})
+    without = settings.disabled or settings.no_restore
+    if without:
+        logger.warning("patcher: %d committed patches are not in force by this start", len(held))
+    event = "start-disabled" if settings.disabled else "start-without-restore"
+    with store.exclusive():
+        store.suspend(
+            without, event if without else "start", {"held" if without else "stack": held}
+        )
 
 
 def endpoint_plugin() -> PatcherEndpoint:

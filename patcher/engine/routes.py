@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Literal
+from dataclasses import dataclass
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from patcher.engine.auth import Role, authorise
 from patcher.engine.service import PatchService
+from patcher.engine.store import Store
 from patcher.errors import (
     EngineRefusedError,
     InvalidPatchError,
@@ -21,11 +22,20 @@ from patcher.errors import (
     UsageError,
 )
 from patcher.patch.container import MAX_FILE_BYTES
+from patcher.protocol import ROUTE, InFlight
 
-PREFIX = "/plugins/patcher/v1"
 MAX_BODY_BYTES = 1 << 20  # of a request that isn't a patch
 logger = logging.getLogger("vllm.patcher")
 Answer = Callable[[PatchService, Request, str], Awaitable[Response]]
+
+
+@dataclass(frozen=True)
+class PluginState:
+    """What the routes find in the app's state. ``off`` says why there is no service."""
+
+    store: Store | None
+    service: PatchService | None = None
+    off: str = ""
 
 
 class StackWanted(BaseModel):
@@ -34,7 +44,7 @@ class StackWanted(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     stack: list[str] = Field(max_length=4096)
-    in_flight: Literal["recompute", "drain", "abort"] = "recompute"
+    in_flight: InFlight = "recompute"
     reason: str = Field(default="", max_length=1024)
 
 
@@ -57,12 +67,11 @@ def _guarded(role: Role, answer: Answer) -> Callable[[Request], Awaitable[Respon
 
     async def endpoint(request: Request) -> Response:
         try:
-            service: PatchService | None = getattr(request.app.state, "patcher", None)
-            if service is None:
-                reason = getattr(request.app.state, "patcher_off", "it is still starting")
-                raise EngineRefusedError(f"patcher is off on this server: {reason}.")
-            actor = authorise(service.store, request.headers.get("authorization"), role)
-            return await answer(service, request, actor)
+            state: PluginState = request.app.state.patcher
+            actor = authorise(state.store, request.headers.get("authorization"), role)
+            if state.service is None:
+                raise EngineRefusedError(f"patcher is off on this server: {state.off}.")
+            return await answer(state.service, request, actor)
         except PatcherError as error:
             return problem(error)
         except Exception:
@@ -72,12 +81,12 @@ def _guarded(role: Role, answer: Answer) -> Callable[[Request], Awaitable[Respon
     return endpoint
 
 
-async def _body(request: Request, limit: int) -> bytes:
+async def _body(request: Request, limit: int, error: type[PatcherError]) -> bytes:
     data = bytearray()
     async for chunk in request.stream():
         data += chunk
         if len(data) > limit:
-            raise InvalidPatchError(f"The body is larger than {limit} bytes.", "Send less.")
+            raise error(f"The body is larger than {limit} bytes.", "Send less.")
     return bytes(data)
 
 
@@ -86,7 +95,7 @@ async def _status(service: PatchService, request: Request, actor: str) -> Respon
 
 
 async def _upload(service: PatchService, request: Request, actor: str) -> Response:
-    data = await _body(request, MAX_FILE_BYTES)
+    data = await _body(request, MAX_FILE_BYTES, InvalidPatchError)
     patch, added = await asyncio.to_thread(service.upload, data, actor)
     ranks = {name: delta.rank for name, delta in patch.deltas.items()}
     body = {"id": patch.id, "bytes": len(data), "modules": ranks}
@@ -104,13 +113,13 @@ async def _patches(service: PatchService, request: Request, actor: str) -> Respo
 
 
 async def _patch(service: PatchService, request: Request, actor: str) -> Response:
-    data = service.store.patch_bytes(request.path_params["patch_id"])
+    data = await asyncio.to_thread(service.store.patch_bytes, request.path_params["patch_id"])
     return Response(data, media_type="application/octet-stream")
 
 
 async def _put_stack(service: PatchService, request: Request, actor: str) -> Response:
     try:
-        wanted = StackWanted.model_validate_json(await _body(request, MAX_BODY_BYTES))
+        wanted = StackWanted.model_validate_json(await _body(request, MAX_BODY_BYTES, UsageError))
     except ValidationError as error:
         fields = ", ".join(".".join(map(str, e["loc"])) or "body" for e in error.errors())
         raise UsageError(f"The body is not a stack: {fields}.", "See docs/protocol.md.") from None
@@ -162,7 +171,7 @@ _TABLE: tuple[tuple[str, str, Role, Answer], ...] = (
 
 def router() -> APIRouter:
     """All routes, each behind a token."""
-    routes = APIRouter(prefix=PREFIX, tags=["patcher"])
+    routes = APIRouter(prefix=ROUTE, tags=["patcher"])
     for method, path, role, answer in _TABLE:
         routes.add_api_route(
             path,

@@ -1,15 +1,17 @@
 """One change of the stack, from intent to outcome, over every rank of every engine.
 
-stage (beside the live weights, while the engine serves) → pause → commit → flush → weight
-version → resume → outcome on disk. Whatever fails on the way, the stack before is put back.
+check what serves → stage (beside the live weights, while the engine serves) → pause → commit →
+flush → weight version → resume → read back → outcome on disk. Whatever fails on the way, the
+stack before is put back, and the engine goes on only when that is done.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,16 +19,19 @@ from typing import Any
 from patcher.engine import vllm_adapter
 from patcher.engine.stack import Stack, admit
 from patcher.engine.store import Store
-from patcher.engine.vllm_adapter import InFlight
 from patcher.errors import (
+    BaseMismatchError,
     EngineRefusedError,
     PatcherError,
     StackChangedError,
+    VerificationError,
     by_code,
 )
-from patcher.patch import Manifest, ModuleBase, Patch
+from patcher.patch import Manifest, Patch
+from patcher.protocol import InFlight
 
 DRAIN_DEADLINE = 120.0  # seconds that `drain` waits for running requests
+logger = logging.getLogger("vllm.patcher")
 
 
 @dataclass(frozen=True)
@@ -67,21 +72,23 @@ class PatchService:
             )
         for reply in replies:
             if not reply["ok"]:
-                raise by_code(reply["error"])(
-                    f"Rank {reply['rank']}: {reply['detail']}", reply["cure"]
-                )
+                kind = by_code(reply["error"])
+                kind = EngineRefusedError if kind is PatcherError else kind
+                raise kind(f"Rank {reply['rank']}: {reply['detail']}", reply["cure"])
         return replies
 
     async def probe(self) -> list[dict[str, Any]]:
         """What each rank runs and holds.
 
-        Raises :class:`EngineRefusedError` where a process lacks the plugin.
+        Raises :class:`EngineRefusedError` where a process lacks the plugin, or doesn't answer.
         """
         try:
             return await self.call("patcher_probe")
         except PatcherError:
             raise
         except Exception as error:
+            if "patcher_probe" not in str(error):
+                raise _refusal("The engine doesn't answer", error) from error
             raise EngineRefusedError(
                 "The engine's workers don't have the plugin.",
                 "Name `patcher` in VLLM_PLUGINS for every process of the engine.",
@@ -91,14 +98,17 @@ class PatchService:
         """What is in force, as the workers tell it."""
         ranks = await self.probe()
         stack = self.store.in_force()
-        manifests = self.store.manifests()
-        told = {tuple(rank["stack"]) for rank in ranks}
+        manifests = await asyncio.to_thread(self.store.manifests)
         modules = stack.modules(manifests)
+        version = await vllm_adapter.get_weight_version(self.client)
+        settled = all(tuple(rank["stack"]) == stack.ids for rank in ranks)
+        settled = settled and version in (None, stack.version) and not self.store.unclean
         return {
             "engine": {
                 **vllm_adapter.describe(self.client),
                 "patcher": ranks[0]["version"],
-                "state": "ready" if told == {stack.ids} else "changing",
+                "weight_version": version,
+                "state": "ready" if settled else "changing",
             },
             "base": {n: manifests[ids[0]].base.modules[n].digest for n, ids in modules.items()},
             "stack": list(stack.ids),
@@ -126,22 +136,28 @@ class PatchService:
     async def verify(self) -> dict[str, Any]:
         """Compare the live weights on every rank with what (base, stack) must give.
 
-        Every module that a stored patch names is read, patched or not.
+        Reads every module that a patch of this engine ever changed, one between two steps:
+        patched ones against the fold of the stack, the others against their base.
         """
         async with self._exclusive():
             stack = self.store.in_force()
-            ranks = await self.call("patcher_verify", _known_modules(self.store.manifests()))
+            told = {r["rank"]: r["stack"] for r in await self.probe()}
+            by_rank: dict[int, dict[str, Any]] = {rank: {} for rank in told}
+            for name, module in await asyncio.to_thread(self.store.known_modules):
+                for reply in await self.call("patcher_verify", name, module):
+                    if reply["verdict"] is not None:
+                        by_rank[reply["rank"]][name] = reply["verdict"]
         modules: dict[str, bool] = {}
-        for rank in ranks:
-            for name, verdict in rank["modules"].items():
+        for verdicts in by_rank.values():
+            for name, verdict in verdicts.items():
                 modules[name] = modules.get(name, True) and bool(verdict["ok"])
-        agree = all(tuple(rank["stack"]) == stack.ids for rank in ranks)
+        agree = all(tuple(ids) == stack.ids for ids in told.values())
         return {
             "ok": agree and all(modules.values()),
             "modules": dict(sorted(modules.items())),
             "weight_version": stack.version,
             "ranks": [
-                {"rank": r["rank"], "stack": r["stack"], "modules": r["modules"]} for r in ranks
+                {"rank": rank, "stack": told[rank], "modules": by_rank[rank]} for rank in told
             ],
         }
 
@@ -151,6 +167,8 @@ class PatchService:
         """Bring the engine to the stack that must be in force, before it serves."""
         async with self._exclusive():
             await self._reconcile("start")
+            stack = self.store.in_force()
+            await vllm_adapter.set_weight_version(self.client, stack.version)
 
     async def change(
         self, ids: list[str], *, if_match: str, in_flight: InFlight, actor: str, reason: str = ""
@@ -158,14 +176,16 @@ class PatchService:
         """Make ``ids`` the stack in force, on every rank or on none.
 
         Raises :class:`StackChangedError` where ``if_match`` isn't the weight version in force,
-        what :func:`admit` raises, and what a rank refused with.
+        :class:`VerificationError` where something else changed the live weights, what
+        :func:`admit` raises, and what a rank refused with.
         """
         began = time.monotonic()
         async with self._exclusive():
             await self._reconcile("repair")
             before = self.store.in_force()
-            target = admit(ids, self.store.manifests())
-            if target == before:  # a retry of a change whose answer got lost
+            target = admit(ids, await asyncio.to_thread(self.store.manifests))
+            if target == before and not self.store.suspended:
+                # A retry of a change whose answer got lost.
                 return Outcome(before, time.monotonic() - began, 0.0)
             if if_match != before.version:
                 raise StackChangedError(
@@ -181,112 +201,166 @@ class PatchService:
             }
             await self._record("change-intent", {**detail, "in_flight": in_flight})
             try:
-                pause_ms = await self._transition(before, target, in_flight, detail)
+
+                def done(digests: dict[str, list[str]]) -> None:
+                    self.store.commit(target, "change-done", {**detail, "digests": digests})
+
+                pause_ms = await self._transition([before], target, before, in_flight, done)
             except BaseException as error:
                 cause = error.code if isinstance(error, PatcherError) else type(error).__name__
-                await self._record("change-failed", {**detail, "cause": cause})
+                await self._record_if_possible("change-failed", {**detail, "cause": cause})
                 raise
         return Outcome(target, time.monotonic() - began, pause_ms)
 
     async def _transition(
-        self, before: Stack, target: Stack, in_flight: InFlight, detail: dict[str, Any]
+        self,
+        served: list[Stack],
+        target: Stack,
+        fallback: Stack,
+        in_flight: InFlight,
+        record: Callable[[dict[str, list[str]]], object],
     ) -> float:
-        digests, pause_ms = await self._move([before], target, before, in_flight)
-        done = {**detail, "digests": digests}
-        try:
-            await asyncio.to_thread(self.store.commit, target, "change-done", done)
-        except Exception as error:
-            await self._move([target], before, target, "recompute")
-            raise EngineRefusedError(
-                f"The new stack could not be made durable ({error}); the old one is in force.",
-                "See to the state folder's disk.",
-            ) from error
-        return pause_ms
-
-    async def _move(
-        self, served: list[Stack], target: Stack, fallback: Stack, in_flight: InFlight
-    ) -> tuple[dict[str, list[str]], float]:
-        """Change live weights; returns each module's digests by rank, and the pause in ms.
+        """Change live weights and record the outcome; returns the pause in ms.
 
         ``served`` are the stacks that ranks serve now; ``fallback`` is the one in force where
-        this fails.
+        this fails. ``record`` gets each module's digests by rank.
         """
         change_id = secrets.token_hex(8)
         try:
+            await self._check_live(fallback)
             digests = await self._stage(change_id, served, target)
-            pause_ms = await self._commit(change_id, target, in_flight)
-            await self.call("patcher_finish", change_id)
         except BaseException as error:
-            await self._put_back(change_id, fallback)
-            if isinstance(error, PatcherError) or not isinstance(error, Exception):
-                raise
-            raise EngineRefusedError(f"The engine failed in the change: {error}.") from error
-        return digests, pause_ms
+            await self._discard(change_id)  # nothing live was touched
+            raise _refusal("The engine failed while staging", error) from error
+        pause_ms = await self._swap(change_id, target, fallback, in_flight)
+        try:
+            await self._read_back(digests)
+            by_rank = {name: [d[rank] for rank in sorted(d)] for name, d in digests.items()}
+            await asyncio.to_thread(record, by_rank)
+        except BaseException as error:
+            async with vllm_adapter.paused(self.client, "recompute") as pause:
+                await self._put_back(change_id, fallback, pause)
+            raise _refusal("The new stack could not be confirmed", error) from error
+        await self._discard(change_id)
+        return pause_ms
+
+    async def _check_live(self, stack: Stack) -> None:
+        """Every module in force must still be what was put there."""
+        for name in sorted(stack.modules(await asyncio.to_thread(self.store.manifests))):
+            if not all(r["ok_live"] for r in await self.call("patcher_check", name)):
+                raise VerificationError(
+                    f"Something else changed the live weight of {name}.",
+                    "A weight reload or a sleep does that; restart the engine.",
+                )
 
     async def _stage(
         self, change_id: str, served: list[Stack], target: Stack
-    ) -> dict[str, list[str]]:
+    ) -> dict[str, dict[int, str]]:
+        """Prepare every module that changes; returns its digests by rank."""
         ranks = await self.probe()
         for patch_id in target.ids:
             if any(patch_id not in rank["held"] for rank in ranks):
-                await self.call("patcher_receive", self.store.patch_bytes(patch_id))
+                data = await asyncio.to_thread(self.store.patch_bytes, patch_id)
+                await self.call("patcher_receive", data)
         await self.call("patcher_begin", change_id, list(target.ids))
-        digests: dict[str, list[str]] = {}
-        manifests = self.store.manifests()
+        digests: dict[str, dict[int, str]] = {}
+        manifests = await asyncio.to_thread(self.store.manifests)
         for name in sorted({n for s in served for n in s.changed_modules(target, manifests)}):
             replies = [r for r in await self.call("patcher_stage", change_id, name) if r["holds"]]
             if not replies:
-                raise EngineRefusedError(
+                raise BaseMismatchError(
                     f"The served model has no module {name}.",
                     "The patch was computed for another architecture.",
                 )
-            digests[name] = [r["digest"] for r in replies]
+            digests[name] = {r["rank"]: r["digest"] for r in replies}
         return digests
 
-    async def _commit(self, change_id: str, target: Stack, in_flight: InFlight) -> float:
+    async def _swap(
+        self, change_id: str, target: Stack, fallback: Stack, in_flight: InFlight
+    ) -> float:
+        """Stop the engine, exchange the weights, drop what was cached; all or nothing."""
         stopped = time.monotonic()
         try:
-            async with asyncio.timeout(DRAIN_DEADLINE) as deadline:
-                async with vllm_adapter.paused(self.client, in_flight):
-                    deadline.reschedule(None)
+            async with vllm_adapter.paused(self.client, in_flight, DRAIN_DEADLINE) as pause:
+                try:
                     await self.call("patcher_commit", change_id)
                     await vllm_adapter.flush(self.client)
                     await vllm_adapter.set_weight_version(self.client, target.version)
+                except BaseException:
+                    await self._put_back(change_id, fallback, pause)
+                    raise
         except TimeoutError:
+            await self._discard(change_id)
             raise EngineRefusedError(
                 f"Running requests did not end within {DRAIN_DEADLINE:.0f} s.",
                 "Use --in-flight recompute, which does not wait for them.",
             ) from None
+        except BaseException as error:
+            raise _refusal("The engine failed in the change", error) from error
         return (time.monotonic() - stopped) * 1000
 
-    async def _put_back(self, change_id: str, before: Stack) -> None:
-        """Roll every rank back and drop what was cached meanwhile."""
-        async with vllm_adapter.paused(self.client, "recompute"):
-            await self.call("patcher_roll_back", change_id)
-            await vllm_adapter.flush(self.client)
-            await vllm_adapter.set_weight_version(self.client, before.version)
+    async def _read_back(self, digests: dict[str, dict[int, str]]) -> None:
+        for name, expected in digests.items():
+            found = {r["rank"]: r["digest"] for r in await self.call("patcher_check", name)}
+            if any(found[rank] != digest for rank, digest in expected.items()):
+                raise EngineRefusedError(f"The weight of {name} reads back differently.")
+
+    async def _put_back(self, change_id: str, stack: Stack, pause: vllm_adapter.Pause) -> None:
+        """Roll every rank back while the engine stands still; it goes on only if that worked."""
+        pause.hold = True
+        await asyncio.to_thread(self.store.set_unclean, True)
+        await self.call("patcher_roll_back", change_id)
+        await vllm_adapter.flush(self.client)
+        await vllm_adapter.set_weight_version(self.client, stack.version)
+        await asyncio.to_thread(self.store.set_unclean, False)
+        pause.hold = False
+
+    async def _discard(self, change_id: str) -> None:
+        """Let go of what a change no longer needs; it is over, so trouble here is only noted."""
+        try:
+            await self.call("patcher_finish", change_id)
+        except Exception:
+            logger.exception("patcher: a rank kept what a change left")
 
     async def _reconcile(self, occasion: str) -> None:
         """Bring workers that serve another stack than the recorded one back to it."""
-        interrupted = self.store.interrupted()
-        if interrupted is not None:
-            detail = {k: interrupted["detail"][k] for k in ("change", "before", "after")}
-            await self._record("change-interrupted", detail)
+        await self._record_interruption()
         ranks = await self.probe()
         stack = self.store.in_force()
-        for left_over in {r["change"] for r in ranks if r["change"]}:
-            await self._put_back(left_over, stack)
-        told = {tuple(r["stack"]) for r in await self.probe()}
-        if told == {stack.ids}:
-            if occasion == "start":
-                await vllm_adapter.set_weight_version(self.client, stack.version)
-            return
-        served = [Stack(ids) for ids in told]
-        digests, _ = await self._move(served, stack, served[0], "recompute")
-        await self._record(f"{occasion}-restored", {"stack": list(stack.ids), "digests": digests})
+        left_over = {r["change"] for r in ranks if r["change"]}
+        if self.store.unclean or not _agree(ranks, stack):
+            for change_id in left_over or {""}:
+                async with vllm_adapter.paused(
+                    self.client, "recompute", ours=self.store.unclean
+                ) as pause:
+                    await self._put_back(change_id, stack, pause)
+            ranks = await self.probe()
+        else:
+            for change_id in left_over:  # it succeeded, and only its end was lost
+                await self._discard(change_id)
+        if not _agree(ranks, stack):
+            served = [Stack(tuple(r["stack"])) for r in ranks]
+
+            def done(digests: dict[str, list[str]]) -> None:
+                detail = {"stack": list(stack.ids), "digests": digests}
+                self.store.record(f"{occasion}-restored", detail)
+
+            await self._transition(served, stack, served[0], "recompute", done)
+
+    async def _record_interruption(self) -> None:
+        interrupted = await asyncio.to_thread(self.store.interrupted)
+        if interrupted is not None:
+            detail = {key: interrupted[key] for key in ("change", "before", "after")}
+            await self._record("change-interrupted", detail)
 
     async def _record(self, event: str, detail: dict[str, Any]) -> None:
         await asyncio.to_thread(self.store.record, event, detail)
+
+    async def _record_if_possible(self, event: str, detail: dict[str, Any]) -> None:
+        try:
+            await self._record(event, detail)
+        except PatcherError:  # the error that is on its way says more
+            logger.exception("patcher: %s could not be recorded", event)
 
     @asynccontextmanager
     async def _exclusive(self) -> AsyncIterator[None]:
@@ -305,9 +379,14 @@ class PatchService:
         return patch, self.store.add_patch(patch, actor)
 
 
-def _known_modules(manifests: dict[str, Manifest]) -> dict[str, dict[str, Any]]:
-    modules: dict[str, ModuleBase] = {}
-    for manifest in manifests.values():
-        for name, module in manifest.base.modules.items():
-            modules.setdefault(name, module)
-    return {name: module.model_dump(mode="json") for name, module in modules.items()}
+def _agree(ranks: list[dict[str, Any]], stack: Stack) -> bool:
+    return all(tuple(rank["stack"]) == stack.ids for rank in ranks)
+
+
+def _refusal(what: str, error: BaseException) -> BaseException:
+    """The error that a caller is to see: a typed one, or a refusal that names the cause."""
+    if isinstance(error, PatcherError) or not isinstance(error, Exception):
+        return error
+    return EngineRefusedError(
+        f"{what} ({type(error).__name__}: {error}).", "What was in force before still is."
+    )

@@ -18,7 +18,8 @@ def asked_for(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def default_state(model: str, environment: Mapping[str, str] = os.environ) -> Path:
-    """The state folder of ``model`` where none is given."""
+    """The state folder of ``model``, a hub id or a directory, where none is given."""
+    model = str(Path(model).resolve()) if Path(model).exists() else model
     home = environment.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
     return Path(home) / "vllm-patcher" / re.sub(r"[^A-Za-z0-9._-]+", "--", model.strip("/"))
 

@@ -25,7 +25,7 @@ from patcher.errors import EngineRefusedError, StackConflictError, UnknownPatchE
 from patcher.patch import Manifest, Patch
 
 SCHEMA_VERSION = 1
-LOCK_PATIENCE = 60.0  # seconds that a change waits for another one
+LOCK_PATIENCE = 180.0  # seconds that a change waits for another one, which may be draining
 GENESIS = "0" * 64  # what the ledger's first entry follows
 
 _SCHEMA = """
@@ -38,6 +38,7 @@ CREATE TABLE IF NOT EXISTS stack (
 CREATE TABLE IF NOT EXISTS ledger (
   seq INTEGER PRIMARY KEY, time TEXT NOT NULL, event TEXT NOT NULL, detail TEXT NOT NULL,
   previous TEXT NOT NULL, hash TEXT NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS modules (name TEXT PRIMARY KEY, base TEXT NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS tokens (
   name TEXT PRIMARY KEY, role TEXT NOT NULL, hash TEXT NOT NULL UNIQUE, created TEXT NOT NULL)
   STRICT;
@@ -65,6 +66,14 @@ def chain(previous: str, seq: int, moment: str, event: str, detail: str) -> str:
     return hashlib.sha256(entry.encode()).hexdigest()
 
 
+def _try_lock(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 class Store:
     """The state folder (mode 0700) and the database in it."""
 
@@ -80,7 +89,7 @@ class Store:
                     "INSERT OR IGNORE INTO meta VALUES ('schema', ?)", (str(SCHEMA_VERSION),)
                 )
             self.path.chmod(0o600)
-        except (OSError, sqlite3.Error) as error:
+        except OSError as error:
             raise EngineRefusedError(
                 f"The state folder {folder} can't be used: {error}.",
                 "Give a folder that the server may write with --state or PATCHER_STATE.",
@@ -101,14 +110,19 @@ class Store:
 
     @contextlib.contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
-        db = sqlite3.connect(self.path, timeout=30, isolation_level=None)
         try:
-            db.execute("PRAGMA journal_mode=WAL")
-            db.execute("PRAGMA synchronous=FULL")
-            db.execute("PRAGMA foreign_keys=ON")
-            yield db
-        finally:
-            db.close()
+            with contextlib.closing(
+                sqlite3.connect(self.path, timeout=30, isolation_level=None)
+            ) as db:
+                db.execute("PRAGMA journal_mode=WAL")
+                db.execute("PRAGMA synchronous=FULL")
+                db.execute("PRAGMA foreign_keys=ON")
+                yield db
+        except sqlite3.Error as error:
+            raise EngineRefusedError(
+                f"The state in {self.folder} can't be used: {error}.",
+                "See to the folder's disk and permissions; what was committed is kept.",
+            ) from error
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -126,6 +140,32 @@ class Store:
             row = db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
         return None if row is None else str(row[0])
 
+    def claim(self, instance: str) -> None:
+        """Hold the folder for the engine ``instance`` until this process ends.
+
+        The API servers of one engine share it. Raises :class:`EngineRefusedError` where
+        another engine has it: two engines in one folder would undo each other's changes.
+        """
+        handle = os.open(self.folder / "engine.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, instance.encode(), 0)
+            except BlockingIOError:
+                pass
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            ours = os.pread(handle, 256, 0).decode() == instance
+        except BlockingIOError:
+            ours = False
+        if not ours:
+            os.close(handle)
+            raise EngineRefusedError(
+                f"Another engine uses the state folder {self.folder}.",
+                "Give each engine a folder of its own with --state.",
+            )
+        self._claim = handle  # the lock lives as long as this process
+
     @contextlib.contextmanager
     def exclusive(self, patience: float = LOCK_PATIENCE) -> Iterator[None]:
         """Hold the right to change the stack, across processes.
@@ -135,17 +175,13 @@ class Store:
         handle = os.open(self.folder / "change.lock", os.O_RDWR | os.O_CREAT, 0o600)
         deadline = time.monotonic() + patience
         try:
-            while True:
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > deadline:
-                        raise StackConflictError(
-                            f"Another change has been under way for {patience:.0f} s.",
-                            "Look at `patcher status`, then try again.",
-                        ) from None
-                    time.sleep(0.02)
+            while not _try_lock(handle):
+                if time.monotonic() > deadline:
+                    raise StackConflictError(
+                        f"Another change has been under way for {patience:.0f} s.",
+                        "Look at `patcher status`, then try again.",
+                    )
+                time.sleep(0.02)
             yield
         finally:
             os.close(handle)
@@ -241,6 +277,13 @@ class Store:
 
     def commit(self, stack: Stack, event: str, detail: dict[str, Any]) -> None:
         """Make ``stack`` the committed one and append the outcome, in one transaction."""
+        read = self._read()
+        bases = [
+            (name, module.model_dump_json())
+            for patch_id in stack.ids
+            if patch_id in read
+            for name, module in read[patch_id][0].base.modules.items()
+        ]
         with self._transaction() as db:
             since = dict(db.execute("SELECT id, since FROM stack").fetchall())
             moment = now()
@@ -249,8 +292,25 @@ class Store:
                 "INSERT INTO stack VALUES (?, ?, ?)",
                 [(p, i, since.get(i, moment)) for p, i in enumerate(stack.ids)],
             )
+            db.executemany("INSERT OR IGNORE INTO modules VALUES (?, ?)", bases)
             db.execute("INSERT OR REPLACE INTO meta VALUES ('suspended', '0')")
             self._append(db, event, detail)
+
+    def known_modules(self) -> list[tuple[str, dict[str, Any]]]:
+        """Every module that a committed patch ever named, with its base as in the manifest."""
+        with self._connection() as db:
+            rows = db.execute("SELECT name, base FROM modules ORDER BY name").fetchall()
+        return [(str(name), json.loads(base)) for name, base in rows]
+
+    @property
+    def unclean(self) -> bool:
+        """Whether a rollback began that did not end."""
+        return self._meta("unclean") == "1"
+
+    def set_unclean(self, unclean: bool) -> None:
+        """Note that a rollback begins, or that it ended."""
+        with self._transaction() as db:
+            db.execute("INSERT OR REPLACE INTO meta VALUES ('unclean', ?)", (str(int(unclean)),))
 
     # -- ledger ------------------------------------------------------------------------------
 
@@ -283,11 +343,16 @@ class Store:
         return [{**dict(zip(keys, row, strict=True)), "detail": json.loads(row[3])} for row in rows]
 
     def interrupted(self) -> dict[str, Any] | None:
-        """The intent of a change that neither finished nor failed, or None."""
-        changes = [e for e in self.ledger() if e["event"].startswith("change-")]
-        if changes and changes[-1]["event"] == "change-intent":
-            return changes[-1]
-        return None
+        """The detail of a change's intent that neither success nor failure followed, or None."""
+        with self._connection() as db:
+            row = db.execute(
+                "SELECT event, detail FROM ledger WHERE event LIKE 'change-%'"
+                " ORDER BY seq DESC LIMIT 1"
+            ).fetchone()
+        if row is None or row[0] != "change-intent":
+            return None
+        detail: dict[str, Any] = json.loads(row[1])
+        return detail
 
     # -- tokens ------------------------------------------------------------------------------
 

@@ -8,16 +8,18 @@ API-server side: calling every rank of every engine, pausing, flushing and the w
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
-from typing import Any, Literal, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from patcher.errors import EngineRefusedError
+from patcher.protocol import InFlight
 
-InFlight = Literal["recompute", "drain", "abort"]
 # What vLLM's pause does with running requests, by our policy's name.
 _PAUSE_MODE: dict[InFlight, str] = {"recompute": "keep", "drain": "wait", "abort": "abort"}
 _READ_ROWS = 256  # input columns read back from a pack in one product
@@ -29,8 +31,11 @@ _READ_ROWS = 256  # input columns read back from a pack in one product
 class Staged(Protocol):
     """A new weight, ready beside the live one."""
 
-    def exchange(self) -> None:
-        """Swap it with the live weight; a second call swaps back. Cannot fail half-way."""
+    def commit(self) -> None:
+        """Put it in the live one's place, and hold that."""
+
+    def undo(self) -> None:
+        """Put back what was live before :meth:`commit`, wherever that one stopped."""
 
     def read(self) -> torch.Tensor:
         """What is held beside the live weight now, ``[d_out, columns]``."""
@@ -79,8 +84,17 @@ class _PackStaged:
         # 32: the primitive cache size that vLLM's own dispatch uses.
         self._spare = ops.create_onednn_mm(weight.t(), 32)
         self._dtype = weight.dtype
+        self._pack = int(self._spare.handler_tensor.item())
 
-    def exchange(self) -> None:
+    def commit(self) -> None:
+        if int(self._live.handler_tensor.item()) != self._pack:
+            self._exchange()
+
+    def undo(self) -> None:
+        if int(self._live.handler_tensor.item()) == self._pack:
+            self._exchange()
+
+    def _exchange(self) -> None:
         # Graphs and closures hold the handler's tensor, so its integer is what may change.
         live, spare = self._live.handler_tensor, self._spare.handler_tensor
         held = int(live.item())
@@ -166,14 +180,23 @@ class _TensorStaged:
         # Host memory: the device's is vLLM's, to the last block of its KV cache.
         self._spare = weight.pin_memory() if live.is_cuda else weight.clone()
         self._held = torch.empty_like(self._spare, pin_memory=live.is_cuda)
+        self._holds = False
         self._unpack = unpack
 
-    def exchange(self) -> None:
+    def commit(self) -> None:
         self._held.copy_(self._live)
-        self._live.copy_(self._spare)
+        self._holds = True
+        self._write(self._spare)
+
+    def undo(self) -> None:
+        if self._holds:
+            self._write(self._held)
+            self._holds = False
+
+    def _write(self, weight: torch.Tensor) -> None:
+        self._live.copy_(weight)
         if self._live.is_cuda:
             torch.cuda.synchronize(self._live.device)
-        self._spare, self._held = self._held, self._spare
 
     def read(self) -> torch.Tensor:
         return self._unpack(self._spare)
@@ -263,15 +286,37 @@ async def call_workers(client: Any, method: str, *args: Any) -> list[dict[str, A
     return [reply for engine in per_engine for reply in engine]
 
 
+@dataclass
+class Pause:
+    """A stop of the engine. ``hold``: don't let it go on at the end."""
+
+    hold: bool = False
+
+
 @asynccontextmanager
-async def paused(client: Any, in_flight: InFlight) -> AsyncIterator[None]:
-    """Stop the engine between two steps; resume it unless somebody else had stopped it."""
-    stopped_before = await client.is_paused()
+async def paused(
+    client: Any, in_flight: InFlight, deadline: float | None = None, *, ours: bool = False
+) -> AsyncIterator[Pause]:
+    """Stop the engine between two steps; resume it unless somebody else had stopped it.
+
+    ``deadline`` bounds, in seconds, how long ``drain`` waits. ``ours``: a stop that is found
+    is one that an earlier failure of ours held.
+
+    Raises :class:`TimeoutError` at the deadline, with the engine running again.
+    """
+    found = await client.is_paused() and not ours
+    pause = Pause()
     try:
-        await client.pause_generation(mode=_PAUSE_MODE[in_flight], clear_cache=False)
-        yield
+        try:
+            async with asyncio.timeout(deadline if in_flight == "drain" else None):
+                await client.pause_generation(mode=_PAUSE_MODE[in_flight], clear_cache=False)
+        except TimeoutError:
+            # Data-parallel engines don't resume from a pause that still waits: end the wait.
+            await client.pause_generation(mode="keep", clear_cache=False)
+            raise
+        yield pause
     finally:
-        if not stopped_before:
+        if not found and not pause.hold:
             await client.resume_generation()
 
 
@@ -288,6 +333,12 @@ async def flush(client: Any) -> None:
         )
     await client.reset_mm_cache()
     await client.reset_encoder_cache()
+
+
+async def get_weight_version(client: Any) -> str | None:
+    """The weight version that the engine stamps its outputs with; None where it has none."""
+    get = getattr(client, "get_weight_version", None)
+    return None if get is None else str(await get())
 
 
 async def set_weight_version(client: Any, version: str) -> None:

@@ -36,7 +36,8 @@ class _Change:
     staged: dict[str, Staged] = field(default_factory=dict)
     bases: dict[str, torch.Tensor] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
-    committed: bool = False
+    touched: list[Staged] = field(default_factory=list)  # live weights that it changed
+    before: tuple[tuple[str, ...], dict[str, str]] | None = None  # once committed
 
 
 class RankState:
@@ -47,13 +48,15 @@ class RankState:
         self.patches: dict[str, Patch] = {}
         self.bases: dict[str, torch.Tensor] = {}  # host copies, of patched modules only
         self.stack: tuple[str, ...] = ()
-        self.before: tuple[str, ...] = ()
+        self.live: dict[str, str] = {}  # digests of what was put in force, of patched modules
         self.change: _Change | None = None
 
     def begin(self, change_id: str, stack: tuple[str, ...]) -> None:
-        """Start a change to ``stack``; one left over by a caller that died is rolled back."""
+        """Start a change to ``stack``."""
         if self.change is not None:
-            self.roll_back(self.change.id)
+            if self.change.touched:
+                raise EngineRefusedError("A change that was not ended is in the way.", "Try again.")
+            self.change = None  # its caller died while staging
         missing = [i for i in stack if i not in self.patches]
         if missing:
             raise EngineRefusedError(f"This rank lacks patch {missing[0][:16]}.", "Try again.")
@@ -105,29 +108,44 @@ class RankState:
     def commit(self, change_id: str) -> None:
         """Put every staged weight in force."""
         change = self.current(change_id)
-        if change.committed:
+        if change.before is not None:
             return
         for staged in change.staged.values():
-            staged.exchange()
-        change.committed = True
-        self.before, self.stack = self.stack, change.stack
+            change.touched.append(staged)  # before: it may fail half-way
+            staged.commit()
+        change.before = self.stack, self.live
+        self.stack, self.live = change.stack, {**self.live, **change.digests}
 
     def roll_back(self, change_id: str) -> None:
         """Undo what the change did on this rank, whatever that was."""
-        change, self.change = self.change, None
-        if change is None or change.id != change_id or not change.committed:
+        change = self.change
+        if change is None or change.id != change_id:
             return
-        for staged in change.staged.values():
-            staged.exchange()
-        self.stack = self.before
+        for staged in reversed(change.touched):
+            staged.undo()
+        if change.before is not None:
+            self.stack, self.live = change.before
+        self.change = None
 
     def finish(self, change_id: str) -> None:
-        """Forget the way back, and what only patched modules need."""
-        change, self.change = self.current(change_id), None
-        self.bases |= change.bases
+        """Forget the change, and keep only what the stack in force needs."""
+        change = self.change
+        if change is not None and change.id == change_id:
+            self.change = None
+            if change.before is not None:
+                self.bases |= change.bases
         self.patches = {i: p for i, p in self.patches.items() if i in self.stack}
         patched = {n for p in self.patches.values() for n in p.deltas}
         self.bases = {n: base for n, base in self.bases.items() if n in patched}
+        self.live = {n: found for n, found in self.live.items() if n in patched}
+
+    def check(self, name: str) -> Reply:
+        """The digest of the live weight, and whether it is still what was put there."""
+        site = find_site(self.model, name)
+        if site is None:
+            return {"digest": None, "ok_live": True}
+        found = digest(site.read())
+        return {"digest": found, "ok_live": self.live.get(name, found) == found}
 
     def verify(self, name: str, expected: ModuleBase) -> Reply | None:
         """Read the live weight and compare it with the fold of the stack in force."""
@@ -242,11 +260,15 @@ def patcher_finish(worker: Any, state: RankState, change_id: str) -> Reply:
 
 
 @_answers
-def patcher_verify(worker: Any, state: RankState, modules: dict[str, dict[str, Any]]) -> Reply:
-    """Compare live weights with what base and stack must give; ``modules`` are manifest entries."""
-    found = {n: state.verify(n, ModuleBase.model_validate(m)) for n, m in modules.items()}
-    verdicts = {n: verdict for n, verdict in found.items() if verdict is not None}
-    return {"modules": verdicts, "stack": list(state.stack)}
+def patcher_check(worker: Any, state: RankState, name: str) -> Reply:
+    """Read one live weight back."""
+    return state.check(name)
+
+
+@_answers
+def patcher_verify(worker: Any, state: RankState, name: str, module: dict[str, Any]) -> Reply:
+    """Compare a live weight with what base and stack must give; ``module``: its base."""
+    return {"verdict": state.verify(name, ModuleBase.model_validate(module))}
 
 
 METHODS: tuple[Callable[..., Reply], ...] = (
@@ -257,6 +279,7 @@ METHODS: tuple[Callable[..., Reply], ...] = (
     patcher_commit,
     patcher_roll_back,
     patcher_finish,
+    patcher_check,
     patcher_verify,
 )
 

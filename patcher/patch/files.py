@@ -59,6 +59,24 @@ def write_new(path: Path, data: bytes, mode: int) -> None:
         os.fsync(file.fileno())
 
 
+def create(path: Path, data: bytes) -> None:
+    """Make a file (mode 0600) that others see whole; one that is there already stays.
+
+    Raises:
+        OSError: the place can't be written.
+    """
+    fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        write_new(fresh, data, 0o600)
+        try:
+            os.link(fresh, path)  # fails where another process was first: its file counts
+        except FileExistsError:
+            return
+        sync_folder(path.parent)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in ``folder`` durable."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -135,7 +135,8 @@ def owner_salt() -> bytes:
     path = Path(os.environ.get("PATCHER_SALT_FILE") or Path.home() / ".config/patcher/salt")
     try:
         if not path.exists():
-            _create_salt(path)
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            files.create(path, secrets.token_hex(_SALT_BYTES).encode() + b"\n")
         text, mode = path.read_bytes(), path.stat().st_mode
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
@@ -151,17 +152,3 @@ def owner_salt() -> bytes:
             "Restore it from a backup, or move it away: a new one is made then.",
         )
     return bytes.fromhex(text.decode())
-
-
-def _create_salt(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        files.write_new(fresh, secrets.token_hex(_SALT_BYTES).encode() + b"\n", 0o600)
-        try:
-            os.link(fresh, path)  # fails where another process was first: its salt counts
-        except FileExistsError:
-            return
-        files.sync_folder(path.parent)
-    finally:
-        fresh.unlink(missing_ok=True)

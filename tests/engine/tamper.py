@@ -18,4 +18,4 @@ class Tamper:
         weight = site.read()
         weight[0, 0] += 1
         self._kept = site.stage(weight)
-        self._kept.exchange()
+        self._kept.commit()

@@ -37,6 +37,7 @@ def test_the_database_never_holds_the_token(store: Store) -> None:
 def test_another_token_in_the_file_ends_the_old_one(store: Store, tmp_path: Path) -> None:
     path = tmp_path / "mine"
     path.write_text("first-token-of-mine\n")
+    path.chmod(0o600)
     ensure_token(store, path)
     path.write_text("second-token-of-mine\n")
     ensure_token(store, path)
@@ -49,7 +50,16 @@ def test_another_token_in_the_file_ends_the_old_one(store: Store, tmp_path: Path
 def test_an_unusable_token_file_stops_the_start(store: Store, tmp_path: Path, content: str) -> None:
     path = tmp_path / "token"
     path.write_text(content)
+    path.chmod(0o600)
     with pytest.raises(EngineRefusedError):
+        ensure_token(store, path)
+
+
+def test_a_token_file_that_everybody_can_read_stops_the_start(store: Store, tmp_path: Path) -> None:
+    path = tmp_path / "token"
+    path.write_text("a-token-in-the-open\n")
+    path.chmod(0o644)
+    with pytest.raises(EngineRefusedError, match="chmod 600"):
         ensure_token(store, path)
 
 

@@ -60,7 +60,7 @@ def test_a_stack_of_unknown_patches_is_not_committed(store: Store, patches: list
     store.add_patch(patches[0], "me")
     store.commit(Stack((patches[0].id,)), "change-done", {})
     entries = len(store.ledger())
-    with pytest.raises(sqlite3.IntegrityError):
+    with pytest.raises(EngineRefusedError, match="FOREIGN KEY"):
         store.commit(Stack(("ab" * 32,)), "change-done", {})
     assert store.committed() == Stack((patches[0].id,))
     assert len(store.ledger()) == entries, "neither stack nor ledger: one transaction"
@@ -112,9 +112,7 @@ def test_each_ledger_entry_carries_the_hash_of_the_one_before(store: Store) -> N
 def test_an_intent_without_outcome_is_an_interruption(store: Store) -> None:
     assert store.interrupted() is None
     store.record("change-intent", {"change": "x"})
-    found = store.interrupted()
-    assert found is not None
-    assert found["detail"] == {"change": "x"}
+    assert store.interrupted() == {"change": "x"}
     store.record("change-interrupted", {"change": "x"})
     assert store.interrupted() is None
 
@@ -130,6 +128,24 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(EngineRefusedError, match="can't be used"):
         Store(tmp_path / "file" / "state")
+
+
+def test_modules_are_known_once_a_patch_of_theirs_was_committed(
+    store: Store, patches: list[Patch]
+) -> None:
+    store.add_patch(patches[0], "me")
+    assert store.known_modules() == [], "a patch that was only uploaded tells nothing"
+    store.commit(Stack((patches[0].id,)), "change-done", {})
+    store.commit(Stack(), "change-done", {})
+    name, module = next(iter(patches[0].manifest.base.modules.items()))
+    assert store.known_modules() == [(name, module.model_dump(mode="json"))]
+
+
+def test_two_engines_do_not_share_a_folder(store: Store) -> None:
+    store.claim("one engine")
+    Store(store.folder).claim("one engine")
+    with pytest.raises(EngineRefusedError, match="Another engine"):
+        Store(store.folder).claim("another engine")
 
 
 def test_one_change_at_a_time(store: Store) -> None:

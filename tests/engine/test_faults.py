@@ -1,0 +1,372 @@
+"""Whatever fails in a change: the stack before is in force, and the engine never runs a mixture.
+
+The transaction and the worker code are the real ones; only vLLM is played, because a real one
+can't be made to fail at a chosen point. ``tests/engine/test_live.py`` has the real one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+import torch
+
+from patcher.engine import service as service_module
+from patcher.engine import vllm_adapter
+from patcher.engine.service import PatchService
+from patcher.engine.stack import Stack
+from patcher.engine.store import Store
+from patcher.engine.worker import RankState
+from patcher.errors import (
+    BaseMismatchError,
+    EngineRefusedError,
+    StackConflictError,
+    VerificationError,
+)
+from patcher.kernels import fold
+from patcher.patch import Base, Delta, Manifest, Method, Patch, Requests, module_base
+from tests.engine.fake_vllm import FakeClient
+
+RANKS = 2
+D_OUT, D_IN = 8, 48
+T = TypeVar("T")
+
+
+@pytest.fixture
+def weights() -> list[torch.Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    return [torch.randn(D_OUT, D_IN, generator=draw).bfloat16() for _ in range(3)]
+
+
+@pytest.fixture
+def client(weights: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> FakeClient:
+    described = {"vllm": "0", "model": "m", "platform": "cpu", "world_size": RANKS}
+    monkeypatch.setattr(vllm_adapter, "describe", lambda client: described)
+    return FakeClient(weights, RANKS)
+
+
+@pytest.fixture
+def service(client: FakeClient, tmp_path: Path) -> PatchService:
+    return PatchService(client, Store(tmp_path / "state"))
+
+
+def make(weights: list[torch.Tensor], seed: int, layers: tuple[int, ...] = (0, 1)) -> Patch:
+    draw = np.random.default_rng(seed)
+    manifest = Manifest(
+        title=f"edit {seed}",
+        created="2026-11-24T00:00:00Z",
+        tool="tests",
+        base=Base(
+            model="m",
+            architecture="a",
+            modules={f"layers.{i}": module_base(weights[i]) for i in layers},
+        ),
+        method=Method(name="random", hyperparameters={}),
+        requests=Requests(count=1, commitment="0" * 64),
+    )
+    deltas = {
+        f"layers.{i}": Delta.multiplicative(
+            draw.standard_normal((D_OUT, 2)), draw.standard_normal((2, D_OUT))
+        )
+        for i in layers
+    }
+    return Patch.build(manifest, deltas)
+
+
+def folded(weights: list[torch.Tensor], *patches: Patch) -> list[torch.Tensor]:
+    return [
+        fold(w, [p.deltas[f"layers.{i}"].to_torch() for p in patches if f"layers.{i}" in p.deltas])
+        for i, w in enumerate(weights)
+    ]
+
+
+def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def run(doing: Coroutine[Any, Any, T]) -> T:
+    return asyncio.run(doing)
+
+
+def put(service: PatchService, *patches: Patch, in_flight: Any = "recompute") -> Any:
+    for patch in patches:
+        service.store.add_patch(patch, "me")
+    return run(
+        service.change(
+            [p.id for p in patches],
+            if_match=service.store.in_force().version,
+            in_flight=in_flight,
+            actor="me",
+        )
+    )
+
+
+def boom(*_: object) -> None:
+    raise RuntimeError("out of memory")
+
+
+def refuse(worker: Any, nonce: str, *_: object) -> dict[str, Any]:
+    failure = {"error": "internal", "detail": "out of memory", "cure": ""}
+    return {"nonce": nonce, "rank": worker.rank, "pid": 0, "ok": False, **failure}
+
+
+def test_two_ranks_serve_the_shards_of_the_fold(
+    service: PatchService, client: FakeClient, weights: list[torch.Tensor]
+) -> None:
+    a, b = make(weights, 1), make(weights, 2, (1, 2))
+    put(service, a, b)
+    assert same(client.live(), folded(weights, a, b))
+    assert run(service.verify())["ok"]
+    put(service, b)
+    assert same(client.live(), folded(weights, b))
+    put(service)
+    assert same(client.live(), weights)
+    assert run(service.verify())["ok"]
+
+
+@pytest.mark.parametrize("step", ["receive", "begin", "stage", "commit", "check"])
+@pytest.mark.parametrize("rank", range(RANKS))
+@pytest.mark.parametrize("how", [refuse, boom])
+def test_a_rank_that_fails_takes_the_others_back(
+    service: PatchService,
+    client: FakeClient,
+    weights: list[torch.Tensor],
+    step: str,
+    rank: int,
+    how: Any,
+) -> None:
+    a, b = make(weights, 1), make(weights, 2)
+    put(service, a)
+    client.resumed.clear()
+    client.fail[(f"patcher_{step}", rank)] = how
+    with pytest.raises(EngineRefusedError, match="out of memory"):
+        put(service, a, b)
+    client.fail.clear()
+    before, after = folded(weights, a), folded(weights, a, b)
+    assert same(client.live(), before)
+    assert not client.stopped
+    # Only the reading back comes after the whole stack was in force.
+    allowed = [before, after] if step == "check" else [before]
+    assert all(any(same(seen, one) for one in allowed) for seen in client.resumed)
+    assert service.store.committed() == Stack((a.id,))
+    assert service.store.ledger()[-1]["event"] == "change-failed"
+    assert run(service.verify())["ok"]
+    put(service, a, b)
+    assert same(client.live(), after)
+
+
+def test_a_weight_that_fails_half_way_is_put_back(
+    service: PatchService,
+    client: FakeClient,
+    weights: list[torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    commits = 0
+    plain = vllm_adapter._TensorStaged._write
+
+    def write(self: Any, weight: torch.Tensor) -> None:
+        nonlocal commits
+        commits += 1
+        plain(self, weight)
+        if commits == 2:
+            raise RuntimeError("device lost")
+
+    monkeypatch.setattr(vllm_adapter._TensorStaged, "_write", write)
+    with pytest.raises(EngineRefusedError, match="device lost"):
+        put(service, make(weights, 1))
+    assert same(client.live(), weights)
+    assert all(same(seen, weights) for seen in client.resumed)
+
+
+@pytest.mark.parametrize("answer", [False, RuntimeError("blocks are held")])
+def test_a_flush_that_fails_is_a_failure(
+    service: PatchService, client: FakeClient, weights: list[torch.Tensor], answer: Any
+) -> None:
+    client.flushes = [answer]
+    with pytest.raises(EngineRefusedError):
+        put(service, make(weights, 1))
+    assert same(client.live(), weights)
+    assert all(same(seen, weights) for seen in client.resumed)
+    assert client.log[-3:] == ["roll_back", "flush", "resume"], "what the new weights cached goes"
+
+
+def test_while_nothing_can_be_put_back_the_engine_stands_still(
+    service: PatchService, client: FakeClient, weights: list[torch.Tensor]
+) -> None:
+    patch = make(weights, 1)
+    client.flushes = [False, False]
+    with pytest.raises(EngineRefusedError):
+        put(service, patch)
+    assert client.stopped
+    assert run(service.status())["engine"]["state"] == "changing"
+    assert client.resumed == []
+    put(service, patch)  # the next change mends it first
+    assert not client.stopped
+    assert same(client.live(), folded(weights, patch))
+
+
+def test_a_disk_that_fails_at_the_end_takes_the_weights_back(
+    service: PatchService,
+    client: FakeClient,
+    weights: list[torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    patch = make(weights, 1)
+    service.store.add_patch(patch, "me")
+    refusal = EngineRefusedError("database or disk is full")
+    monkeypatch.setattr(service.store, "commit", lambda *_: (_ for _ in ()).throw(refusal))
+    with pytest.raises(EngineRefusedError, match="full"):
+        put(service, patch)
+    assert same(client.live(), weights)
+    assert service.store.committed() == Stack()
+
+
+def test_a_refused_patch_does_not_stop_the_engine(
+    service: PatchService, client: FakeClient, weights: list[torch.Tensor]
+) -> None:
+    foreign = make([w + 1 for w in weights], 1)
+    with pytest.raises(BaseMismatchError):
+        put(service, foreign)
+    assert not any(entry.startswith("pause") for entry in client.log)
+
+
+def test_a_refused_patch_does_not_disturb_verify(
+    service: PatchService, weights: list[torch.Tensor]
+) -> None:
+    with pytest.raises(BaseMismatchError):
+        put(service, make([w + 1 for w in weights], 1))
+    assert run(service.verify())["ok"]
+    put(service, make(weights, 2))
+    assert run(service.verify())["ok"]
+
+
+def test_weights_that_somebody_else_reloaded_are_noticed(
+    service: PatchService, client: FakeClient, weights: list[torch.Tensor]
+) -> None:
+    a, b = make(weights, 1, (0,)), make(weights, 2, (1,))
+    put(service, a)
+    for rank, worker in enumerate(client.workers):
+        width = D_IN // RANKS
+        worker.model.layers[0].weight.copy_(weights[0][:, rank * width : (rank + 1) * width])
+    assert not run(service.verify())["ok"]
+    with pytest.raises(VerificationError, match=r"layers\.0"):
+        put(service, a, b)
+    assert service.store.committed() == Stack((a.id,))
+
+
+def test_drain_gives_up_and_lets_the_engine_go_on(
+    service: PatchService,
+    client: FakeClient,
+    weights: list[torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(service_module, "DRAIN_DEADLINE", 0.05)
+    client.drains = False
+    with pytest.raises(EngineRefusedError, match="did not end"):
+        put(service, make(weights, 1), in_flight="drain")
+    assert not client.stopped
+    assert same(client.live(), weights)
+    client.drains = True
+    put(service, make(weights, 1), in_flight="drain")
+
+
+def test_an_engine_that_the_operator_paused_stays_paused(
+    service: PatchService, client: FakeClient, weights: list[torch.Tensor]
+) -> None:
+    client.stopped = True
+    put(service, make(weights, 1))
+    assert client.stopped
+
+
+def test_finish_that_is_lost_does_not_undo_a_change(
+    service: PatchService, client: FakeClient, weights: list[torch.Tensor]
+) -> None:
+    a, b = make(weights, 1), make(weights, 2)
+    client.fail[("patcher_finish", 1)] = boom
+    put(service, a)
+    assert same(client.live(), folded(weights, a))
+    client.fail.clear()
+    put(service, a, b)
+    assert same(client.live(), folded(weights, a, b))
+
+
+def test_a_restart_restores_what_was_committed(
+    service: PatchService, client: FakeClient, weights: list[torch.Tensor]
+) -> None:
+    patch = make(weights, 1)
+    put(service, patch)
+    fresh = FakeClient(weights, RANKS)
+    restarted = PatchService(fresh, Store(service.store.folder))
+    run(restarted.restore())
+    assert same(fresh.live(), folded(weights, patch))
+    assert fresh.version == Stack((patch.id,)).version
+    assert restarted.store.ledger()[-1]["event"] == "start-restored"
+
+
+def test_an_interrupted_change_is_told_and_undone(
+    service: PatchService, client: FakeClient, weights: list[torch.Tensor]
+) -> None:
+    patch = make(weights, 1)
+    service.store.add_patch(patch, "me")
+    intent = {"change": "c", "before": [], "after": [patch.id]}
+    service.store.record("change-intent", intent)
+    run(service.restore())
+    assert same(client.live(), weights)
+    assert [e["event"] for e in service.store.ledger()][-1] == "change-interrupted"
+
+
+def test_what_a_dead_api_server_left_behind_is_mended(
+    service: PatchService, client: FakeClient, weights: list[torch.Tensor]
+) -> None:
+    a, b = make(weights, 1), make(weights, 2)
+    put(service, a)
+    # Another API server died after its commit: weights are B's, the record says A.
+    for worker in client.workers:
+        state: RankState = worker._patcher_state
+        state.patches[b.id] = b
+        state.begin("orphan", (b.id,))
+        for name in ("layers.0", "layers.1"):
+            state.stage("orphan", name)
+        state.commit("orphan")
+    c = make(weights, 3, (2,))
+    put(service, a, c)
+    assert same(client.live(), folded(weights, a, c))
+
+
+def test_reverting_all_after_a_start_without_restore_is_durable(
+    service: PatchService, weights: list[torch.Tensor]
+) -> None:
+    patch = make(weights, 1)
+    put(service, patch)
+    service.store.suspend(True, "start-without-restore", {})
+    restarted = PatchService(FakeClient(weights, RANKS), service.store)
+    run(restarted.restore())
+    assert run(restarted.status())["stack"] == []
+    put(restarted)
+    assert restarted.store.committed() == Stack()
+
+
+def test_an_id_twice(service: PatchService, weights: list[torch.Tensor]) -> None:
+    patch = make(weights, 1)
+    with pytest.raises(StackConflictError):
+        put(service, patch, patch)
+
+
+def test_a_worker_without_the_plugin_is_named(service: PatchService, client: FakeClient) -> None:
+    def missing(*_: object) -> None:
+        raise RuntimeError("'CPUWorker' object has no attribute 'patcher_probe'")
+
+    client.fail[("patcher_probe", 1)] = missing
+    with pytest.raises(EngineRefusedError, match="don't have the plugin"):
+        run(service.status())
+
+
+def test_replies_out_of_step_are_refused(service: PatchService, client: FakeClient) -> None:
+    late = {"nonce": "another", "rank": 1, "pid": 0, "ok": True}
+    client.fail[("patcher_probe", 1)] = lambda *_: late
+    with pytest.raises(EngineRefusedError, match="out of step"):
+        run(service.status())
