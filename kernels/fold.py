@@ -49,9 +49,8 @@ def fold(
     Works on ``tile`` columns at a time, so its temporaries are float64 copies of
     the deltas and of one tile, never of the weight. A column of the result
     depends on that column of the base alone: folding a shard of the columns
-    gives the shard of the fold. A value that is exactly zero is ``+0.0``.
-    No deltas: a copy of the base, bit for bit. Values may come out infinite
-    where the deltas make them so; that is for the caller to check.
+    gives the shard of the fold. No deltas: a copy of the base, bit for bit. Values may
+    come out infinite where the deltas make them so; that is for the caller to check.
 
     Args:
         base: ``[d_out, d_in]``, bfloat16, float16 or float32, any strides, any device.

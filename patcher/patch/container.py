@@ -16,7 +16,7 @@ from typing import Any
 from ..errors import InvalidPatchError
 from . import canonical
 
-MAX_FILE_BYTES = 1 << 30
+MAX_FILE_BYTES = 1 << 29  # SQLite, which stores patches, holds values up to 10^9 bytes
 MAX_HEADER_BYTES = 16 << 20
 MAX_TENSOR_NAME = 260
 METADATA_KEY = "patcher"

@@ -156,7 +156,7 @@ def _round(values: npt.NDArray[np.float64], dtype: Stored) -> Floats:
 
 
 def _bfloat16(values: npt.NDArray[np.float64]) -> Floats:
-    """By way of a float32 rounded to odd, as in ``kernels/rounding.py``: one rounding."""
+    """By way of a float32 rounded to odd (Boldo & Melquiond 2008), so that it rounds once."""
     nearest = values.astype(np.float32)
     bits = nearest.view(np.uint32)
     bits -= np.abs(nearest) > np.abs(values)
