@@ -61,8 +61,8 @@ def evaluate(
     """
     teller = progress or Silent()
     opened = [patch if isinstance(patch, Patch) else Patch.read(patch) for patch in patches]
-    facts = read_facts(forget, None if known_only else limit)
-    stay = read_facts(retain) if retain is not None else []
+    facts = read_facts(forget, None if known_only else limit, located=False)
+    stay = read_facts(retain, located=False) if retain is not None else []
     text = None if ppl is None else read_text(ppl)
     teller.start("Loading the model", None)
     loaded = load(model, dtype, device)

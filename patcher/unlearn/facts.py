@@ -70,11 +70,13 @@ class Fact:
         return {name: value for name, value in fields.items() if value is not None}
 
 
-def read_facts(source: Source, limit: int | None = None) -> list[Fact]:
+def read_facts(source: Source, limit: int | None = None, *, located: bool = True) -> list[Fact]:
     """The facts of a file or of a sequence of mappings, in their order.
 
     Args:
         source: path of a JSON Lines file, or the rows themselves.
+        located: whether a subject has to stand in its prompt; what is only measured
+            needs no subject at all.
         limit: take the first ``limit`` facts only; every line is checked nevertheless.
 
     Raises:
@@ -88,7 +90,7 @@ def read_facts(source: Source, limit: int | None = None) -> list[Fact]:
     facts: list[Fact] = []
     seen: dict[str, int] = {}
     for number, row in _rows(source, problems):
-        fact = _fact(row, number, problems)
+        fact = _fact(row, number, problems, located)
         if fact is None:
             continue
         key = json.dumps([fact.prompt, fact.canonical().get("messages"), fact.target])
@@ -170,7 +172,7 @@ def _lines(path: Path) -> Iterable[str]:
     return text.split("\n")
 
 
-def _fact(row: Mapping[str, Any], number: int, problems: list[str]) -> Fact | None:
+def _fact(row: Mapping[str, Any], number: int, problems: list[str], located: bool) -> Fact | None:
     found: list[str] = []
     target = _string(row, "target", found, required=True)
     prompt, messages = _question(row, found)
@@ -195,6 +197,8 @@ def _fact(row: Mapping[str, Any], number: int, problems: list[str]) -> Fact | No
             optional["locality_target"],
             number,
         )
+        if not located:
+            return fact
         if fact.subject is not None and locate(fact.text, fact.subject) is None:
             where = "prompt" if fact.messages is None else "last message by the user"
             found.append(f"subject: does not stand in the {where}")

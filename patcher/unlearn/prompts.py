@@ -48,7 +48,8 @@ def encode_fact(tokenizer: Any, fact: Fact, max_tokens: int | None = None) -> En
     chat = fact.messages is not None
     text = render(tokenizer, fact.messages) if fact.messages is not None else fact.text
     span = locate(fact.text, fact.subject) if fact.subject is not None else guess(fact.text)
-    assert span is not None  # read_facts has seen to it
+    if span is None:  # only of facts that are measured, not forgotten
+        span = (0, len(fact.text))
     if chat:
         offset = max(text.rfind(fact.text), 0)
         span = (span[0] + offset, span[1] + offset)

@@ -76,6 +76,12 @@ def test_figures_and_counts_without_a_patch(folder: Path, facts: list[dict[str, 
     json.dumps(document)
 
 
+def test_what_is_only_measured_needs_no_subject(folder: Path, facts: Any) -> None:
+    elsewhere = [{**row, "subject": "Czechia"} for row in facts]
+    report = evaluate(folder, forget=elsewhere, retain=elsewhere)
+    assert report.base == evaluate(folder, forget=facts, retain=facts).base
+
+
 def test_known_only_leaves_the_others_out(folder: Path, facts: list[dict[str, Any]]) -> None:
     report = evaluate(folder, forget=facts, known_only=True)
     assert (report.facts, report.known) == (2, 1)
