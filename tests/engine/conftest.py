@@ -28,6 +28,12 @@ def patch_b(real_model: Path) -> Patch:
 
 
 @pytest.fixture(scope="session")
+def loud(real_model: Path) -> Patch:
+    """An edit that changes every answer."""
+    return random_patch(real_model, 3, title="a loud edit", scale=20.0)
+
+
+@pytest.fixture(scope="session")
 def prompts() -> list[str]:
     """Prompts that share a prefix of more than 600 tokens."""
     text = (REPOSITORY / "tests" / "data" / "ppl.txt").read_text()[:3600]

@@ -136,11 +136,11 @@ def test_five_streams_outlive_ten_changes(server: Server, engine: Engine, patch_
 
 
 def test_a_stream_crosses_a_change_without_losing_its_tokens(
-    server: Server, engine: Engine, patch_a: Patch
+    server: Server, engine: Engine, loud: Patch
 ) -> None:
     stream = server.stream("The history of the town begins", 60)
     begun = [next(stream) for _ in range(5)]
-    engine.apply(patch_a)
+    engine.apply(loud)
     rest = list(stream)
     said = "".join(e["choices"][0]["text"] for e in begun + rest)
     assert rest[-1]["choices"][0]["finish_reason"] == "length"
@@ -149,7 +149,7 @@ def test_a_stream_crosses_a_change_without_losing_its_tokens(
 
 
 def test_drain_lets_requests_end_with_the_old_weights(
-    server: Server, engine: Engine, patch_a: Patch
+    server: Server, engine: Engine, loud: Patch
 ) -> None:
     prompt = "A letter from the sea:"
     before = server.complete(prompt, 40, ignore_eos=True)["text"]
@@ -164,7 +164,7 @@ def test_drain_lets_requests_end_with_the_old_weights(
     reader = threading.Thread(target=read)
     reader.start()
     assert started.wait(30)
-    engine.apply(patch_a, in_flight="drain")
+    engine.apply(loud, in_flight="drain")
     reader.join(60)
     assert "".join(said) == before
     assert server.complete(prompt, 40, ignore_eos=True)["text"] != before

@@ -38,7 +38,7 @@ def test_optional_fields(tmp_path: Path) -> None:
 
 def test_every_wrong_line_is_reported_with_its_field_and_no_text(tmp_path: Path) -> None:
     path = write(
-        tmp_path, GOOD, {"prompt": "Secret thing"}, "{not json", [1], {**GOOD, "subject": "Spain"},
+        tmp_path, GOOD, {"prompt": "Secret thing"}, "{not json", [1], {**GOOD, "subject": 7},
         {**GOOD, "target": 3}, {**GOOD, "target": " "}, GOOD, {**GOOD, "paraphrases": "x"},
         {**GOOD, "messages": []}, '{"prompt": "a b", "prompt": "a c", "target": "x"}',
         {"prompt": "...", "target": "x"}, {**GOOD, "locality_target": "Rome"},
@@ -49,7 +49,7 @@ def test_every_wrong_line_is_reported_with_its_field_and_no_text(tmp_path: Path)
     message = str(caught.value)
     for expected in (
         "line 2: target: missing", "line 3: not JSON", "line 4: not an object",
-        "line 5: subject: does not stand in the prompt", "line 6: target: not a text",
+        "line 5: subject: not a text", "line 6: target: not a text",
         "line 7: target: empty", "line 8: the same prompt and target as line 1",
         "line 9: paraphrases: not a list of texts", "line 10: messages: given beside prompt",
         "line 11: a field stands twice", "line 12: subject: missing",
@@ -61,6 +61,20 @@ def test_every_wrong_line_is_reported_with_its_field_and_no_text(tmp_path: Path)
     assert "Secret" not in message
     assert "Spain" not in message
     assert caught.value.exit_code == 11
+
+
+def test_a_subject_by_another_name_is_found_by_the_rule_and_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    row = {
+        "prompt": "The capital of the Czech Republic is",
+        "subject": "Czechia",
+        "target": "Prague",
+    }
+    (fact,) = read_facts(write(tmp_path, row))
+    assert fact.subject is None
+    assert "line 1: subject does not stand in the prompt" in caplog.text
+    assert "Czech" not in caplog.text
 
 
 def test_many_problems_are_counted(tmp_path: Path) -> None:
