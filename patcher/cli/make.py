@@ -181,7 +181,7 @@ def _effect(found: Mapping[str, Any]) -> list[tuple[str, object]]:
         ),
         ("others unchanged", f"{others['same']} of {others['of']}"),
         ("to be preserved", f"{kept['patched']} of {kept['of']} (before {kept['base']})"),
-        ("perplexity", "–" if ratio is None else f"{100 * (ratio - 1):+.2f} %"),
+        ("perplexity", "–" if ratio is None else f"{round(100 * (ratio - 1), 2) + 0.0:+.2f} %"),
     ]
     return [(name, text) for name, text in rows if " of 0" not in text]
 
