@@ -29,7 +29,6 @@ class Settings:
     steps: int = 10  # of the first round of values
     again: int = 6  # of every round after it
     rounds: int = 4  # of computing and checking, at most
-    text_share: float = 0.34  # of the statistics; probes and same wording share the rest
     text_tokens: int = 16384  # of the reference text that the statistics are taken from
     window: int = 256  # tokens of it that are read together
     guard: float = 30.0  # how much the margins of other prompts weigh against the keys' cost

@@ -81,44 +81,43 @@ def _metric(job: Job, gates: dict[int, Gate]) -> Metric:
 
 
 def _preserved(job: Job, layers: list[int]) -> dict[int, torch.Tensor]:
-    """The second moment that is preserved, ``{layer: C}``: a mean of three kinds of keys."""
-    share = job.settings.text_share
+    """The second moment that is preserved, ``{layer: C}``: the mean of up to four."""
 
-    def of_prompts(probes: Sequence[Probe], what: str, keep: bool) -> dict[int, torch.Tensor]:
+    def of_prompts(
+        probes: Sequence[Probe], what: str, *, every_token: bool = False, keep: bool = False
+    ) -> dict[int, torch.Tensor]:
         found = locate_probes(job.model, probes)
         return moments(
             job.model,
             found.sequences,
-            found.positions,
+            None if every_token else found.positions,
             layers,
             cache=job.cache if keep else None,
             progress=job.progress,
             what=what,
         )
 
-    text = moments(
-        job.model,
-        job.text,
-        None,
-        layers,
-        cache=job.cache,
-        progress=job.progress,
-        what="Statistics of the reference text",
-    )
-    parts = []
+    parts = [
+        moments(
+            job.model,
+            job.text,
+            None,
+            layers,
+            cache=job.cache,
+            progress=job.progress,
+            what="Statistics of the reference text",
+        )
+    ]
     if job.probes:
-        parts.append(of_prompts(job.probes, "Statistics of other subjects", True))
+        parts.append(of_prompts(job.probes, "Statistics of other subjects", keep=True))
     each = max(4, min(16, SAME_WORDING // len(job.facts)))
     alike = same_wording(job.facts, job.probes, each, job.settings.seed)
     if alike:
-        parts.append(of_prompts(alike, "Statistics of the same wordings", False))
-    if not parts:
-        return text
-    rest = (1 - share) / len(parts)
-    return {
-        layer: share * text[layer] + rest * sum((p[layer] for p in parts), torch.zeros(()))
-        for layer in layers
-    }
+        parts.append(of_prompts(alike, "Statistics of the same wordings"))
+        # Words that all prompts of a wording share are no place to act at.
+        parts.append(of_prompts(alike, "Statistics of the same wordings", every_token=True))
+    zero = torch.zeros(())
+    return {layer: sum((part[layer] for part in parts), zero) / len(parts) for layer in layers}
 
 
 def _deltas(job: Job, gates: dict[int, Gate], values: Values) -> Deltas:
