@@ -28,7 +28,6 @@ from patcher.errors import (
 )
 from patcher.protocol import (
     ROUTE,
-    SHORTEST_ID,
     Change,
     InFlight,
     LedgerEntry,
@@ -295,7 +294,7 @@ class Engine:
 def resolve(prefixes: Iterable[str], stack: Sequence[str]) -> list[str]:
     """The whole ids of a stack that shortened ones mean.
 
-    Raises :class:`~patcher.errors.UsageError` for what can't be an id,
+    Raises :class:`~patcher.errors.UsageError` for an empty one,
     :class:`~patcher.errors.UnknownPatchError` and
     :class:`~patcher.errors.AmbiguousIdError`.
 
@@ -306,15 +305,12 @@ def resolve(prefixes: Iterable[str], stack: Sequence[str]) -> list[str]:
 
 
 def _resolve(prefix: str, stack: Sequence[str]) -> str:
-    if not (SHORTEST_ID <= len(prefix) <= 64 and all(c in "0123456789abcdef" for c in prefix)):
-        raise UsageError(
-            f"{prefix!r} is not a patch id.",
-            f"An id is 64 hexadecimal digits; {SHORTEST_ID} will do while they are unambiguous.",
-        )
+    if not prefix:
+        raise UsageError("An id is empty.", "An id is 64 hexadecimal digits, or its first few.")
     found = [one for one in stack if one.startswith(prefix)]
     if not found:
         raise UnknownPatchError(
-            f"No patch {prefix} is in force.", "`patcher status` lists those that are."
+            f"No patch {prefix[:64]} is in force.", "`patcher status` lists those that are."
         )
     if len(found) > 1:
         names = ", ".join(one[: len(prefix) + 8] for one in found)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any, Literal, TypeAlias, TypedDict, get_args
 
 ROUTE = "/plugins/patcher/v1"
-SHORTEST_ID = 4  # hex digits of an id that a person may type
 
 InFlight: TypeAlias = Literal["recompute", "drain", "abort"]
 IN_FLIGHT: tuple[InFlight, ...] = get_args(InFlight)

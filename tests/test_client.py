@@ -117,11 +117,14 @@ def test_ids_may_be_shortened_while_unambiguous() -> None:
         resolve(["abcd"], IDS)
     assert "abcd1" in str(caught.value)
     assert "abcd2" in str(caught.value)
-    with pytest.raises(UnknownPatchError):
-        resolve(["0123"], IDS)
-    for wrong in ("abc", "wxyz", "", IDS[0] + "0"):
-        with pytest.raises(UsageError):
-            resolve([wrong], IDS)
+    with pytest.raises(AmbiguousIdError):
+        resolve(["a"], IDS)
+    assert resolve(["f"], IDS) == [IDS[2]], "one digit will do"
+    for unknown in ("0123", "wxyz", IDS[0] + "0"):
+        with pytest.raises(UnknownPatchError):
+            resolve([unknown], IDS)
+    with pytest.raises(UsageError):
+        resolve([" "], IDS)
 
 
 def test_what_the_engine_holds_can_be_listed_and_fetched(fake: FakeEngine) -> None:
