@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from patcher.cli.options import Command, existing_file, json_option
-from patcher.cli.output import facts, percent, print_json, short, size, table
+from patcher.cli.output import facts, print_json, short, size, table
 from patcher.cli.progress import shown_progress
 
 if TYPE_CHECKING:
     from patcher.patch import Patch
-
-_METRICS = ("efficacy", "generalization", "specificity", "retained")
 
 
 def data_options(command: Command) -> Command:
@@ -101,49 +99,6 @@ def compute(as_json: bool, verbose: bool, **wishes: Any) -> None:
     )
     click.echo()
     facts(_effect(result.evaluation))
-
-
-@click.command()
-@data_options
-@click.option(
-    "--patch",
-    "patches",
-    multiple=True,
-    type=existing_file,
-    metavar="P.st",
-    help="A patch to fold in; again for more, the bottom of the stack first.",
-)
-@click.option(
-    "--retain",
-    type=existing_file,
-    metavar="R.jsonl",
-    help="Other facts, which must stay.",
-)
-@click.option(
-    "--ppl", type=existing_file, metavar="TEXT", help="Plain text to measure perplexity on."
-)
-@click.option(
-    "--dtype",
-    default="bfloat16",
-    show_default=True,
-    help="The type that the weights are served in: they are rounded to it.",
-)
-@json_option
-def evaluate(as_json: bool, verbose: bool, **wishes: Any) -> None:
-    """Measure the base and the patched weights as they would be served.
-
-    Fractions of prompts still answered with the target: of the facts to forget (efficacy) and
-    their paraphrases (generalization), where low is good; of their neighbours (specificity)
-    and of other facts (retained), where high is good.
-    """
-    from patcher.evaluation import evaluate as run
-
-    with shown_progress(verbose) as progress:
-        document = run(**_given(wishes), progress=progress).as_dict()
-    if as_json:
-        print_json(document)
-    else:
-        _print_report(document)
 
 
 @click.command()
@@ -250,21 +205,3 @@ def _figures(figures: Mapping[str, Any], prefix: str = "measured ") -> list[tupl
         else:
             rows.append((f"{prefix}{name}", f"{value:.4g}" if isinstance(value, float) else value))
     return rows
-
-
-def _print_report(document: Mapping[str, Any]) -> None:
-    sides = ("base", "patched")
-    rows = [(name, *(_fraction(document, side, name) for side in sides)) for name in _METRICS]
-    rows.append(("perplexity", *(_perplexity(document[side]) for side in sides)))
-    click.echo(f"{document['facts']} facts, {document['known']} of them known to the base.")
-    table(["", ">base", ">patched"], rows)
-
-
-def _fraction(document: Mapping[str, Any], side: str, name: str) -> str:
-    count = document["counts"][side][name]
-    return f"{percent(document[side][name])} ({count['yes']} of {count['of']})"
-
-
-def _perplexity(figures: Mapping[str, Any]) -> str:
-    value = figures["perplexity"]
-    return "–" if value is None else f"{value:.3f}"

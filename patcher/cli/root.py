@@ -14,7 +14,7 @@ from patcher.cli.guard import close_quietly, guarded
 SECTIONS = {
     "Make a patch": {
         "compute": "make",
-        "evaluate": "make",
+        "evaluate": "measure",
         "inspect": "make",
     },
     "Change a running engine": {
