@@ -9,7 +9,17 @@ from typing import Any
 
 import torch
 
-from .forward import answered, batches, continuations, folded, hidden, logits, next_tokens, pad
+from .forward import (
+    answered,
+    as_edit,
+    batches,
+    continuations,
+    folded,
+    hidden,
+    logits,
+    next_tokens,
+    pad,
+)
 from .job import Deltas, Job
 from .models import Model
 from .progress import Progress
@@ -87,7 +97,7 @@ def check(
     wordings = _other_wordings(job)
     base = _figures(job, asked, wordings, False)
     progress.step(1)
-    with folded(job.model, {name: delta.to_torch() for name, delta in deltas.items()}):
+    with folded(job.model, as_edit(deltas)):
         patched = _figures(job, asked, wordings, True)
     progress.step(2)
     progress.finish()

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from ..kernels import LowRank, fold
+from ..patch import Delta
 from .models import Model, quiet
 
-Edit = Mapping[str, LowRank]  # module name -> multiplicative delta, float32
+Edit = Mapping[str, LowRank]  # module name -> delta, float32
 TOKENS = 1024  # padded tokens in one batch: enough to keep two cores busy, small enough for memory
 
 
@@ -106,17 +107,22 @@ def inputs_of(
     return seen
 
 
+def as_edit(deltas: Mapping[str, Delta]) -> Edit:
+    """Deltas as a file stores them, for the model."""
+    return {name: delta.to_torch() for name, delta in deltas.items()}
+
+
 @contextmanager
 def folded(model: Model, *edits: Edit) -> Iterator[None]:
     """The model with edits folded in and rounded to the served dtype, as an engine serves it.
 
-    ``edits[0]`` first. The weights are put back at the end, bit for bit.
+    ``edits[0]`` first, on top of what lies under the model (:func:`beneath`). The
+    weights are put back at the end, bit for bit.
     """
-    names = dict.fromkeys(name for edit in edits for name in edit)
     kept: dict[str, torch.Tensor] = {}
     try:
-        for name in names:
-            deltas = [edit[name] for edit in edits if name in edit]
+        for name in dict.fromkeys(name for edit in edits for name in edit):
+            deltas = [edit[name] for edit in (*model.under, *edits) if name in edit]
             new = fold(model.served(name).cpu(), [_plain(delta) for delta in deltas])
             parameter = model.parameter(name)
             kept[name] = parameter.detach().clone()
@@ -126,6 +132,24 @@ def folded(model: Model, *edits: Edit) -> Iterator[None]:
     finally:
         for name, old in kept.items():
             model.parameter(name).data.copy_(old)
+
+
+@contextmanager
+def beneath(model: Model, *edits: Edit) -> Iterator[None]:
+    """The model with a stack in force: what is computed inside is computed on top of it.
+
+    Its weights are the folded ones; :meth:`Model.served` still gives the base's, which
+    a patch names and an engine folds from.
+    """
+    names = {name for edit in edits for name in edit}
+    before = model.under, model.pristine
+    pristine = {name: model.served(name) for name in names}
+    with folded(model, *edits):
+        model.put_under((*model.under, *edits), {**model.pristine, **pristine})
+        try:
+            yield
+        finally:
+            model.put_under(*before)
 
 
 def _plain(delta: LowRank) -> LowRank:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..patch import Delta
 from ..patch.delta import Stored
 from .facts import Fact
+from .gate import Strength
+from .journal import Journal
 from .models import Model
 from .progress import Progress
 from .prompts import Encoded
 from .reference import Probe
-from .zero import Strength
 
 Deltas = dict[str, Delta]  # module name -> delta as it is stored
 
@@ -35,6 +37,8 @@ class Settings:
     guards: int = 180  # other prompts in the facts' wordings that are guarded, six a fact at most
     guards_apart: int = 60  # other prompts in other wordings
     stored: Stored = "BF16"  # what the file holds
+    as_published: bool = False  # `zero` as the paper's code computes it
+    orthogonal: bool = False  # `zero` with the paper's orthogonality, on the facts' inputs
 
 
 @dataclass(frozen=True)
@@ -53,3 +57,18 @@ class Job:
     probes: Sequence[Probe]
     cache: Path | None
     progress: Progress
+    journal: Journal = field(default_factory=Journal)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a method found: deltas as they are stored, and hyperparameters of its own.
+
+    The latter join the manifest's; they hold no text.
+    """
+
+    deltas: Deltas
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+Method = Callable[[Job], Outcome]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ..errors import ModelError, UsageError
+from ..kernels import LowRank
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -70,8 +71,8 @@ ARCHITECTURES: dict[str, Architecture] = {
 class Model:
     """A loaded model: weights rounded to the served dtype, held and run in float32.
 
-    Nothing here changes the weights but :func:`patcher.unlearn.forward.folded`,
-    which puts them back.
+    Nothing here changes the weights but :func:`patcher.unlearn.forward.folded` and
+    ``beneath``, which put them back.
     """
 
     name: str
@@ -79,6 +80,8 @@ class Model:
     tokenizer: Any  # transformers' PreTrainedTokenizerBase
     architecture: Architecture
     dtype: torch.dtype
+    under: tuple[Mapping[str, LowRank], ...] = ()  # the stack in force, its bottom first
+    pristine: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)  # of its modules
     _digest: str = field(default="", repr=False)
 
     @property
@@ -128,11 +131,19 @@ class Model:
         return weight.T if self.architecture.transposed else weight
 
     def served(self, name: str) -> torch.Tensor:
-        """The same in the served dtype: what is digested and folded; exact, a copy."""
-        return self.weight(name).to(self.dtype).contiguous()
+        """The base's, in the served dtype: what is digested and folded; exact, a copy."""
+        kept = self.pristine.get(name)
+        weight = self.weight(name) if kept is None else kept.clone()
+        return weight.to(self.dtype).contiguous()
+
+    def put_under(
+        self, under: tuple[Mapping[str, LowRank], ...], pristine: dict[str, torch.Tensor]
+    ) -> None:
+        """Say what the weights have folded in (:func:`patcher.unlearn.forward.beneath`)."""
+        self.under, self.pristine, self._digest = under, pristine, ""
 
     def digest(self) -> str:
-        """SHA-256 over every parameter's name, dtype, shape and values, once computed."""
+        """SHA-256 over every parameter's name, dtype, shape and values as they are now, kept."""
         if not self._digest:
             total = hashlib.sha256()
             for name, tensor in sorted(self.network.state_dict().items()):

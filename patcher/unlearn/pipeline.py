@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,7 +17,8 @@ from ..patch import Base, Manifest, Method, Patch, Requests, commitment, module_
 from .check import Check, Found, check
 from .facts import Fact, Source, read_facts
 from .forward import answered
-from .job import Deltas, Job, Settings
+from .job import Job, Outcome, Settings
+from .journal import Journal
 from .layers import choose_layers
 from .models import Model, load
 from .progress import Progress, Silent
@@ -94,6 +97,9 @@ def compute(
     device: str = "auto",
     dtype: str = "auto",
     cache: str | Path | None = None,
+    as_published: bool = False,
+    orthogonal: bool = False,
+    resume: bool = True,
     progress: Progress | None = None,
 ) -> ComputeResult:
     """Compute the patch that makes a model forget, and check it as it will be served.
@@ -122,6 +128,9 @@ def compute(
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` …
         dtype: what the weights are served in; ``auto``: the checkpoint's, float32 as bfloat16.
         cache: folder for statistics; None: ``$PATCHER_CACHE`` or ``~/.cache/patcher``.
+        as_published: ``zero`` as the paper's code computes it, to compare with.
+        orthogonal: ``zero`` with the paper's orthogonality, on the facts' inputs.
+        resume: go on from where the same computation was interrupted.
         progress: told what is done.
 
     Raises:
@@ -132,7 +141,7 @@ def compute(
     """
     begun = time.monotonic()
     teller = progress or Silent()
-    run = find_method(method)
+    run = find_method(method).load()
     _check_target(target)
     facts = read_facts(forget, None if known_only else limit)
     _check_limit(limit)
@@ -141,15 +150,25 @@ def compute(
     teller.start("Loading the model", None)
     loaded = load(model, dtype, device)
     teller.finish()
-    settings = Settings(tuple(choose_layers(layers, loaded.layers)), target, seed)
+    settings = Settings(
+        tuple(choose_layers(layers, loaded.layers)),
+        target,
+        seed,
+        as_published=as_published,
+        orthogonal=orthogonal,
+    )
     chosen = choose(loaded, facts, known_only, limit, teller)
     job, asked = _job(loaded, chosen, settings, text, kept, cache, teller)
+    job = replace(job, journal=_journal(job, method))
+    if not resume:
+        job.journal.clear()
     torch.manual_seed(seed)
-    deltas = run(job)
-    found = check(job, deltas, asked, chosen.known, progress=teller)
-    patch = _patch(job, deltas, method, title, found)
+    outcome = run(job)
+    found = check(job, outcome.deltas, asked, chosen.known, progress=teller)
+    patch = _patch(job, outcome, method, title, found)
     if output is not None:
         patch.write(output)
+    job.journal.clear()
     return ComputeResult(
         patch,
         None if output is None else Path(output),
@@ -241,12 +260,28 @@ def _job(
     return job, Check(unread, asked, owners)
 
 
-def _patch(job: Job, deltas: Deltas, method: str, title: str | None, found: Found) -> Patch:
+def _journal(job: Job, method: str) -> Journal:
+    """Where intermediate results of exactly this computation are kept."""
+    depends = {
+        "model": job.model.digest(),
+        "method": method,
+        "settings": asdict(job.settings),
+        "facts": [fact.canonical() for fact in job.facts],
+        "text": [list(window) for window in job.text],
+        "probes": [list(probe) for probe in job.probes],
+        "threads": torch.get_num_threads(),
+    }
+    name = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:32]
+    return Journal(None if job.cache is None else job.cache / "jobs" / name)
+
+
+def _patch(job: Job, outcome: Outcome, method: str, title: str | None, found: Found) -> Patch:
     model, count = job.model, len(job.facts)
     hyperparameters: dict[str, Any] = asdict(job.settings) | {
         "layers": list(job.settings.layers),
         "probes": len(job.probes),
         "read_tokens": sum(map(len, job.text)),
+        **outcome.hyperparameters,
     }
     if job.settings.target not in ("suppress", "eos"):
         hyperparameters["target"] = "text"  # which one is the owner's
@@ -255,7 +290,7 @@ def _patch(job: Job, deltas: Deltas, method: str, title: str | None, found: Foun
         base=Base(
             model=model.name,
             architecture=model.class_name,
-            modules={name: module_base(model.served(name)) for name in deltas},
+            modules={name: module_base(model.served(name)) for name in outcome.deltas},
         ),
         method=Method(name=method, hyperparameters=hyperparameters),
         requests=Requests(
@@ -264,4 +299,4 @@ def _patch(job: Job, deltas: Deltas, method: str, title: str | None, found: Foun
         ),
         evaluation=found.as_dict(),
     )
-    return Patch.build(manifest, deltas)
+    return Patch.build(manifest, outcome.deltas)

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 
 from .forward import batches, hidden, logits, pad
+from .gate import Gate
 from .models import Model
-from .zero import Gate
 
 Values = dict[int, torch.Tensor]  # layer -> E [d_out, n] float32
 Score = Callable[[list[int], torch.Tensor], torch.Tensor]  # which, logits [b, v] -> [b]

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 
 import torch
 
+from .gate import Gate
 from .models import Model
 from .progress import Progress
 from .slopes import Slopes, Values, Wish, of_wishes, start
-from .zero import Gate
 
 SLACK = 0.5  # nats by which a wish may be missed and still count as met
 STRIDE = 5.0  # nats that a wish is moved by one step, at most

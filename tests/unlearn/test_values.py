@@ -4,9 +4,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from patcher.unlearn.gate import Gate
 from patcher.unlearn.slopes import Slopes
 from patcher.unlearn.values import cost, metric, move, nonnegative
-from patcher.unlearn.zero import Gate
 
 D, N, GUARD = 4, 3, 30.0
 

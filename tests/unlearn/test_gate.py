@@ -4,8 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from patcher.unlearn.gate import Strength, gate
 from patcher.unlearn.values import nonnegative
-from patcher.unlearn.zero import Strength, gate
 
 STRENGTHS = st.builds(
     Strength,

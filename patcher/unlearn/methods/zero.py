@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
-
-from ..patch import Delta
-from .forward import Edit, answered, continuations, folded, keys, next_tokens
-from .job import Deltas, Job
-from .reference import Probe, locate_probes, same_wording
-from .slopes import Values, Wish, of_answers
-from .statistics import moments
-from .values import Metric, least_change, metric
-from .wishes import GENERATED, leak, wishes_for
-from .zero import Gate, gate
-
-SAME_WORDING = 480  # prompts in the facts' own wordings, at most sixteen a fact
+from ...patch import Delta
+from ..forward import answered, as_edit, continuations, folded, keys, next_tokens
+from ..gate import Gate, gate
+from ..job import Deltas, Job, Outcome
+from ..preserved import preserved
+from ..reference import locate_probes, same_wording
+from ..slopes import Values, Wish, of_answers
+from ..values import Metric, least_change, metric
+from ..wishes import GENERATED, leak, wishes_for
 
 
-def zero(job: Job) -> Deltas:
+def zero(job: Job) -> Outcome:
     """One delta a layer; rank: the number of facts.
 
     Rounds of computing and checking: a fact that is still answered or comes back in
@@ -46,18 +41,18 @@ def zero(job: Job) -> Deltas:
         if not extra:
             break
         wishes = extra
-    return deltas
+    return Outcome(deltas)
 
 
 def _gates(job: Job) -> dict[int, Gate]:
     model, layers = job.model, list(job.settings.layers)
-    preserved = _preserved(job, layers)
+    kept = preserved(job, layers)
     own = keys(model, [e.prompt for e in job.encoded], [e.subject for e in job.encoded], layers)
     return {
         layer: gate(
             model.weight(model.module_name(layer)),
             own[layer],
-            preserved[layer].to(model.device),
+            kept[layer].to(model.device),
             job.settings.strength,
         )
         for layer in layers
@@ -80,46 +75,6 @@ def _metric(job: Job, gates: dict[int, Gate]) -> Metric:
     return metric(gates, others, settings.guard)
 
 
-def _preserved(job: Job, layers: list[int]) -> dict[int, torch.Tensor]:
-    """The second moment that is preserved, ``{layer: C}``: the mean of up to four."""
-
-    def of_prompts(
-        probes: Sequence[Probe], what: str, *, every_token: bool = False, keep: bool = False
-    ) -> dict[int, torch.Tensor]:
-        found = locate_probes(job.model, probes)
-        return moments(
-            job.model,
-            found.sequences,
-            None if every_token else found.positions,
-            layers,
-            cache=job.cache if keep else None,
-            progress=job.progress,
-            what=what,
-        )
-
-    parts = [
-        moments(
-            job.model,
-            job.text,
-            None,
-            layers,
-            cache=job.cache,
-            progress=job.progress,
-            what="Statistics of the reference text",
-        )
-    ]
-    if job.probes:
-        parts.append(of_prompts(job.probes, "Statistics of other subjects", keep=True))
-    each = max(4, min(16, SAME_WORDING // len(job.facts)))
-    alike = same_wording(job.facts, job.probes, each, job.settings.seed)
-    if alike:
-        parts.append(of_prompts(alike, "Statistics of the same wordings"))
-        # Words that all prompts of a wording share are no place to act at.
-        parts.append(of_prompts(alike, "Statistics of the same wordings", every_token=True))
-    zero = torch.zeros(())
-    return {layer: sum((part[layer] for part in parts), zero) / len(parts) for layer in layers}
-
-
 def _deltas(job: Job, gates: dict[int, Gate], values: Values) -> Deltas:
     return {
         job.model.module_name(layer): Delta.multiplicative(
@@ -127,11 +82,6 @@ def _deltas(job: Job, gates: dict[int, Gate], values: Values) -> Deltas:
         )
         for layer in gates
     }
-
-
-def as_edit(deltas: Deltas) -> Edit:
-    """Deltas as they are stored, for the model."""
-    return {name: delta.to_torch() for name, delta in deltas.items()}
 
 
 def _unmet(job: Job, deltas: Deltas, wishes: list[Wish]) -> list[Wish]:

@@ -1,0 +1,1 @@
+"""One file a method; :mod:`patcher.unlearn.registry` lists them."""
