@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from ..errors import BaseMismatchError, InputError
+import torch
+
+from ..errors import BaseMismatchError
 from ..patch import Patch, check_module
-from ..unlearn.facts import Fact, Source, read_facts
+from ..unlearn.facts import Source, read_facts
 from ..unlearn.forward import Edit, answered, folded
 from ..unlearn.models import Model, load
-from ..unlearn.pipeline import Chosen, choose
+from ..unlearn.pipeline import choose
 from ..unlearn.progress import Progress, Silent
-from ..unlearn.prompts import encode, encode_facts
+from ..unlearn.prompts import encode_facts
 from ..unlearn.reference import read_text
-from . import perplexity as ppl_
-from .report import Count, EvaluationReport, Figures
-
-Pair = tuple[list[int], list[int]]  # ids of a prompt and of its answer
+from . import general
+from .intervals import share
+from .probes import Asked, Setting, askable, choose_probes, looked, told
+from .questions import Outcomes, questions
+from .readers import format_of, opened
+from .report import Count, EvaluationReport
 
 
 def evaluate(
@@ -32,6 +38,11 @@ def evaluate(
     dtype: str = "auto",
     device: str = "auto",
     progress: Progress | None = None,
+    format: str = "auto",  # noqa: A002 - the command's word
+    retain_format: str = "auto",
+    probes: str | Sequence[str] = "none",
+    lm_eval: Sequence[str] = (),
+    seed: int = 0,
 ) -> EvaluationReport:
     """Measure a model without and with patches, on weights rounded to the served dtype.
 
@@ -51,41 +62,80 @@ def evaluate(
         dtype: what the weights are served in; ``auto``: the checkpoint's.
         device: ``auto``, ``cpu``, ``cuda`` …
         progress: told what is done.
+        format: of the file of facts to be forgotten (docs/evaluation.md, "Formats").
+        retain_format: of the file of those that are to stay.
+        probes: further figures: ``all``, ``none``, or names (docs/evaluation.md).
+        lm_eval: tasks of the package ``lm_eval`` to run on both sets of weights.
+        seed: of resamples, samples and splits.
 
     Raises:
         BaseMismatchError: a patch was computed on other weights.
         InvalidPatchError: a patch file is damaged.
-        ForgetSetError: a set of facts is wrong or empty.
+        ForgetSetError: a set of facts is wrong, empty or of an unknown format.
         InputError: the text can't be used.
-        ModelError: the model can't be used.
+        ModelError: the model can't be used, or gives logits that are not finite.
+        UsageError: an unknown probe, format or task, a named probe that can't be asked
+            here, or ``lm_eval`` is not installed.
     """
     teller = progress or Silent()
-    opened = [patch if isinstance(patch, Patch) else Patch.read(patch) for patch in patches]
-    facts = read_facts(forget, None if known_only else limit, located=False)
-    stay = read_facts(retain, located=False) if retain is not None else []
+    wanted, named = choose_probes(probes)
+    tasks = general.checked(lm_eval)
+    stack = [patch if isinstance(patch, Patch) else Patch.read(patch) for patch in patches]
+    source, rows = opened(forget, format)
+    facts = read_facts(source, None if known_only else limit, located=False)
+    kept_source, kept_rows = opened(retain, retain_format) if retain is not None else ((), {})
+    stay = read_facts(kept_source, located=False) if retain is not None else []
     text = None if ppl is None else read_text(ppl)
     teller.start("Loading the model", None)
     loaded = load(model, dtype, device)
     teller.finish()
-    edits = [_edit(loaded, patch) for patch in opened]
+    edits = [_edit(loaded, patch) for patch in stack]
     chosen = choose(loaded, facts, known_only, limit, teller)
-    asked = _Asked(loaded, chosen, stay, text)
+    asked = [
+        Asked(fact, ids, rows.get(fact.line, {}))
+        for fact, ids in zip(chosen.facts, chosen.encoded, strict=True)
+    ]
+    others = [
+        Asked(fact, ids, kept_rows.get(fact.line, {}))
+        for fact, ids in zip(
+            stay, encode_facts(loaded.tokenizer, stay, loaded.max_tokens), strict=True
+        )
+    ]
+    said = answered(loaded, [other.pair for other in others])
+    known = [other for other, yes in zip(others, said, strict=True) if yes]
+    setting = Setting(loaded, asked, others, known, _layers(loaded, stack), seed)
+    ready, skipped = askable(setting, wanted, named)
+    usual = questions(loaded, asked, known, text)
+
     teller.start("Measuring", 2)
-    base = asked.figures(loaded)
+    base, before = usual.ask(loaded)
     teller.step(1)
-    with folded(loaded, *edits):
-        patched = asked.figures(loaded) if edits else base
-    teller.step(2)
-    teller.finish()
+    with _edited(loaded, edits) as changed:
+        patched, after = usual.ask(loaded) if edits else (base, before)
+        teller.step(2)
+        teller.finish()
+        found = looked(setting, ready, teller)
+        general_patched = general.run(loaded, tasks) if tasks else None
+    plain = looked(setting, ready, teller) if edits else found
+    general_base = general.run(loaded, tasks) if tasks and edits else general_patched
     return EvaluationReport(
         chosen.looked_at,
         chosen.known_of_them,
         base,
         patched,
         Count(base.retained.of, len(stay)),
-        asked.perplexity_on,
-        tuple(patch.id for patch in opened),
+        usual.perplexity_on,
+        tuple(patch.id for patch in stack),
         loaded.dtype_name,
+        intervals={"base": _intervals(before, seed), "patched": _intervals(after, seed)},
+        groups=_groups(setting, before, after),
+        probes=told(setting, ready, plain, found),
+        skipped=skipped,
+        changed=changed,
+        lm_eval=None if not tasks else {"base": general_base, "patched": general_patched},
+        format=_format(forget, format),
+        texts=tuple(one.fact.text for one in asked),
+        targets=tuple(one.fact.target for one in asked),
     )
 
 
@@ -103,52 +153,56 @@ def _edit(model: Model, patch: Patch) -> Edit:
     return {name: delta.to_torch() for name, delta in patch.deltas.items()}
 
 
-class _Asked:
-    """All prompts of an evaluation, as ids, with their answers."""
-
-    def __init__(
-        self, model: Model, chosen: Chosen, stay: Sequence[Fact], text: str | None
-    ) -> None:
-        self.facts: list[Pair] = [(e.prompt, e.answer) for e in chosen.encoded]
-        self.wordings = _wordings(model, chosen.facts)
-        self.neighbours: list[Pair] = [
-            encode(model.tokenizer, fact.locality, fact.locality_target)
-            for fact in chosen.facts
-            if fact.locality is not None and fact.locality_target is not None
-        ]
-        coded = encode_facts(model.tokenizer, stay, model.max_tokens)
-        self.stay: list[Pair] = [(e.prompt, e.answer) for e in coded]
-        said = answered(model, self.stay)
-        self.stay = [pair for pair, yes in zip(self.stay, said, strict=True) if yes]
-        self.windows = [] if text is None else ppl_.cut(model, text)
-        if text is not None and not self.windows:
-            raise InputError("The text for perplexity has one token.", "Give a longer one.")
-
-    @property
-    def perplexity_on(self) -> dict[str, int] | None:
-        """Window, stride and how many tokens are judged."""
-        if not self.windows:
-            return None
-        window = len(self.windows[0])
-        judged = sum(len(piece) - 1 for piece in self.windows)
-        return {"window": window, "stride": window, "tokens": judged}
-
-    def figures(self, model: Model) -> Figures:
-        """Ask the model, as it is now, all of it."""
-        groups = (self.facts, self.wordings, self.neighbours, self.stay)
-        said = answered(model, [pair for group in groups for pair in group])
-        counts: list[Count] = []
-        for group in groups:
-            counts.append(Count(sum(said[: len(group)]), len(group)))
-            said = said[len(group) :]
-        efficacy, generalization, specificity, retained = counts
-        value = ppl_.perplexity(model, self.windows) if self.windows else None
-        return Figures(efficacy, generalization, specificity, retained, value)
+def _layers(model: Model, stack: Sequence[Patch]) -> tuple[int, ...]:
+    names = {name for patch in stack for name in patch.deltas}
+    return tuple(layer for layer in range(model.layers) if model.module_name(layer) in names)
 
 
-def _wordings(model: Model, facts: Sequence[Fact]) -> list[Pair]:
-    return [
-        encode(model.tokenizer, wording, fact.target)
-        for fact in facts
-        for wording in fact.other_wordings
-    ]
+@contextmanager
+def _edited(model: Model, edits: Sequence[Edit]) -> Iterator[dict[str, dict[str, float]]]:
+    """The model with the edits folded in; gives how far each module moved.
+
+    Frobenius norms, of the rounded weights: ``delta`` of W' - W, ``weight`` of W.
+    """
+    names = dict.fromkeys(name for edit in edits for name in edit)
+    before = {name: model.weight(name).clone() for name in names}
+    with folded(model, *edits):
+        yield {
+            name: {
+                "delta": float(torch.linalg.norm(model.weight(name) - weight)),
+                "weight": float(torch.linalg.norm(weight)),
+            }
+            for name, weight in before.items()
+        }
+
+
+def _intervals(outcomes: Outcomes, seed: int) -> dict[str, dict[str, Any] | None]:
+    found = {name: share(one, seed).as_dict() for name, one in outcomes.items()}
+    return {name: one["interval"] for name, one in found.items()}
+
+
+def _groups(setting: Setting, before: Outcomes, after: Outcomes) -> dict[str, Any]:
+    """Efficacy and retained by the rows' ``group`` or ``relation``, where they have one."""
+    result: dict[str, Any] = {}
+    for figure, asked in (("efficacy", setting.facts), ("retained", setting.stay)):
+        names = [_group(one.row) for one in asked]
+        result[figure] = {
+            name: {
+                side: share(
+                    [o for o, n in zip(outcomes[figure], names, strict=True) if n == name],
+                    setting.seed,
+                ).as_dict()
+                for side, outcomes in (("base", before), ("patched", after))
+            }
+            for name in sorted({name for name in names if name is not None})
+        }
+    return result
+
+
+def _group(row: Mapping[str, Any]) -> str | None:
+    found = row.get("group") or row.get("relation")
+    return found if isinstance(found, str) else None
+
+
+def _format(forget: Source, wish: str) -> str:
+    return format_of(forget, wish) if isinstance(forget, str | Path) else "jsonl"

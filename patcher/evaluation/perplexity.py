@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from ..unlearn.check import mean_nats
 from ..unlearn.models import Model
 from ..unlearn.reference import windows
+from .asking import not_finite
 
 WINDOW = 512  # tokens; also the stride: windows do not overlap
 
@@ -23,5 +24,12 @@ def cut(model: Model, text: str) -> list[list[int]]:
 
 
 def perplexity(model: Model, pieces: Sequence[Sequence[int]]) -> float:
-    """``exp`` of the mean negative log-probability of all tokens but each window's first."""
-    return math.exp(min(mean_nats(model, pieces), 700.0))
+    """``exp`` of the mean negative log-probability of all tokens but each window's first.
+
+    Raises:
+        ModelError: the model's logits are not finite.
+    """
+    nats = mean_nats(model, pieces)
+    if math.isnan(nats):
+        raise not_finite()
+    return math.exp(min(nats, 700.0))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -60,7 +61,11 @@ class EvaluationReport:
     ``base`` and ``patched``: figures without and with the patches. ``retain``: facts in
     the file of those that are to stay, and how many of them the base knows.
     ``perplexity_on``: window, stride and tokens of the perplexity. ``patches``: ids, the
-    bottom of the stack first.
+    bottom of the stack first. ``intervals``: 95 % intervals, as ``counts`` is laid out.
+    ``groups``: efficacy and retained by the facts' relation or part of the dataset.
+    ``probes``: further figures by name; ``skipped``: why some could not be asked.
+    ``changed``: how far each module moved. ``lm_eval``: the tasks' numbers.
+    ``texts``, ``targets``: prompts and answers, in no document.
     """
 
     facts: int
@@ -71,6 +76,15 @@ class EvaluationReport:
     perplexity_on: dict[str, int] | None
     patches: tuple[str, ...]
     dtype: str
+    intervals: Mapping[str, Any] = field(default_factory=dict)
+    groups: Mapping[str, Any] = field(default_factory=dict)
+    probes: Mapping[str, Any] = field(default_factory=dict)
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    changed: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    lm_eval: Mapping[str, Any] | None = None
+    format: str = "jsonl"
+    texts: tuple[str, ...] = field(default=(), repr=False)
+    targets: tuple[str, ...] = field(default=(), repr=False)
 
     def as_dict(self) -> dict[str, Any]:
         """The document of ``patcher evaluate --json``."""
@@ -84,4 +98,11 @@ class EvaluationReport:
             "perplexity_on": self.perplexity_on,
             "patches": list(self.patches),
             "dtype": self.dtype,
+            "format": self.format,
+            "intervals": dict(self.intervals),
+            "groups": dict(self.groups),
+            "probes": dict(self.probes),
+            "skipped": dict(self.skipped),
+            "changed": dict(self.changed),
+            "lm_eval": self.lm_eval,
         }
