@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import click
 
 from patcher.cli.make import data_options
 from patcher.cli.options import existing_file, json_option
-from patcher.cli.output import percent, print_json, table
+from patcher.cli.output import note, percent, print_json, table
 from patcher.cli.progress import shown_progress
+from patcher.errors import UsageError
 
-_METRICS = ("efficacy", "generalization", "specificity", "retained")
+_FORMATS = "auto|jsonl|counterfact|zsre|mquake|rwku|tofu"
 
 
 @click.command()
@@ -40,18 +42,65 @@ _METRICS = ("efficacy", "generalization", "specificity", "retained")
     show_default=True,
     help="The type that the weights are served in: they are rounded to it.",
 )
+@click.option(
+    "--format",
+    default="auto",
+    show_default=True,
+    metavar=_FORMATS,
+    help="The format of the forget set; auto recognises it by its fields.",
+)
+@click.option(
+    "--retain-format", default="auto", show_default=True, metavar=_FORMATS, help="That of --retain."
+)
+@click.option(
+    "--probes",
+    default="none",
+    show_default=True,
+    metavar="all|none|NAME,…",
+    help="Further figures: probability, rank, templates, prefixes, chat, sampling, says, multihop, "
+    "truth, lens, same_relation, same_subject, quantise, relearn.",
+)
+@click.option(
+    "--lm-eval",
+    metavar="TASK,…",
+    help="Tasks of lm-evaluation-harness to run on both sets of weights, where it is installed.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of resamples and samples.")
+@click.option(
+    "--report",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE.html",
+    help="Write all of it as one page that opens offline.",
+)
+@click.option("--with-texts", is_flag=True, help="Name the facts in the page by their texts.")
 @json_option
-def evaluate(as_json: bool, verbose: bool, **wishes: Any) -> None:
+def evaluate(
+    as_json: bool,
+    verbose: bool,
+    report: Path | None,
+    with_texts: bool,
+    lm_eval: str | None,
+    **wishes: Any,
+) -> None:
     """Measure the base and the patched weights as they would be served.
 
     Fractions of prompts still answered with the target: of the facts to forget (efficacy) and
     their paraphrases (generalization), where low is good; of their neighbours (specificity)
-    and of other facts (retained), where high is good.
+    and of other facts (retained), where high is good. Intervals are of 95 %.
     """
+    if with_texts and report is None:
+        raise UsageError("--with-texts is for a page.", "Give --report FILE.html beside it.")
+    if report is not None and not report.absolute().parent.is_dir():
+        raise UsageError(f"There is no folder {report.parent}.", "Make it, or name another place.")
     from patcher.evaluation import evaluate as run
+    from patcher.evaluation import write_page
 
+    tasks = [] if lm_eval is None else lm_eval.split(",")
     with shown_progress(verbose) as progress:
-        document = run(**_given(wishes), progress=progress).as_dict()
+        found = run(**_given(wishes), lm_eval=tasks, progress=progress)
+    if report is not None:
+        write_page(report, {"this evaluation": found}, with_texts=with_texts)
+    document = found.as_dict()
     if as_json:
         print_json(document)
     else:
@@ -64,18 +113,38 @@ def _given(wishes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _print_report(document: Mapping[str, Any]) -> None:
-    sides = ("base", "patched")
-    rows = [(name, *(_fraction(document, side, name) for side in sides)) for name in _METRICS]
-    rows.append(("perplexity", *(_perplexity(document[side]) for side in sides)))
+    from patcher.evaluation.lines import probe_lines, usual_lines
+
     click.echo(f"{document['facts']} facts, {document['known']} of them known to the base.")
-    table(["", ">base", ">patched"], rows)
+    lines = [*usual_lines(document), *probe_lines(document)]
+    table(
+        ["", ">base", ">patched", ">95 % interval"],
+        [
+            (
+                f"{line.probe} {line.name}".strip(),
+                _cell(line.base),
+                _cell(line.patched),
+                _interval(line.patched),
+            )
+            for line in lines
+        ],
+    )
+    for task in (document["lm_eval"] or {}).get("base") or {}:
+        before, after = (document["lm_eval"][side][task] for side in ("base", "patched"))
+        for name, value in before.items():
+            click.echo(f"{task} {name}: {value:.4g} → {after.get(name, float('nan')):.4g}")
+    for name, why in document["skipped"].items():
+        note(f"{name} was not asked: {why}.")
 
 
-def _fraction(document: Mapping[str, Any], side: str, name: str) -> str:
-    count = document["counts"][side][name]
-    return f"{percent(document[side][name])} ({count['yes']} of {count['of']})"
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, Mapping):
+        return f"{percent(value['share'])} ({value['yes']} of {value['of']})"
+    return str(value) if isinstance(value, int) else f"{value:.3f}"
 
 
-def _perplexity(figures: Mapping[str, Any]) -> str:
-    value = figures["perplexity"]
-    return "–" if value is None else f"{value:.3f}"
+def _interval(value: Any) -> str:
+    found = value.get("interval") if isinstance(value, Mapping) else None
+    return "" if found is None else f"{percent(found['low'])} – {percent(found['high'])}"
