@@ -85,13 +85,13 @@ def same_wording(
     Subjects of the forget set itself are never put in.
     """
     draw = random.Random(seed)
-    own = {_subject(fact).casefold() for fact in facts}
+    own = {subject_of(fact).casefold() for fact in facts}
     others = sorted({probe.subject for probe in probes if probe.subject.casefold() not in own})
     result: list[Probe] = []
     for fact in facts:
         if fact.prompt is None:
             continue
-        subject = _subject(fact)
+        subject = subject_of(fact)
         for other in draw.sample(others, min(each, len(others))):
             result.append(Probe(fact.prompt.replace(subject, other), other))
     return result
@@ -99,7 +99,7 @@ def same_wording(
 
 def without(facts: Sequence[Fact], probes: Sequence[Probe]) -> list[Probe]:
     """The probes whose prompts name no subject of the forget set."""
-    names = "|".join(re.escape(_subject(fact).casefold()) for fact in facts)
+    names = "|".join(re.escape(subject_of(fact).casefold()) for fact in facts)
     named = re.compile(rf"(?<!\w)(?:{names})(?!\w)")
     return [probe for probe in probes if not named.search(probe.prompt.casefold())]
 
@@ -133,7 +133,8 @@ def windows(tokenizer: Any, text: str, length: int, limit: int) -> list[list[int
     return [first + piece for piece in pieces if len(piece) > 1]
 
 
-def _subject(fact: Fact) -> str:
+def subject_of(fact: Fact) -> str:
+    """The fact's subject, or the guessed one."""
     if fact.subject is not None:
         return fact.subject
     span = guess(fact.text)
