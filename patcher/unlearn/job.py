@@ -39,14 +39,17 @@ class Settings:
     stored: Stored = "BF16"  # what the file holds
     as_published: bool = False  # `zero` as the paper's code computes it
     orthogonal: bool = False  # `zero` with the paper's orthogonality, on the facts' inputs
+    augment: bool = False  # learn from the file's other wordings and generated prefixes too
 
 
 @dataclass(frozen=True)
 class Job:
     """Facts to be forgotten, on a model, beside what is to be preserved.
 
-    ``text``: windows of ids. ``probes``: prompts about other subjects. ``keep``: facts
-    that the owner names. None of them is about the facts.
+    ``text``: windows of ids. ``probes``: prompts about other subjects, with those of the
+    facts that the owner wants kept. None of them is about the facts. ``augmented``: of
+    every fact other prompts with the same answer that a method may learn from; empty, or
+    one sequence a fact.
     """
 
     model: Model
@@ -58,6 +61,7 @@ class Job:
     cache: Path | None
     progress: Progress
     journal: Journal = field(default_factory=Journal)
+    augmented: Sequence[Sequence[Encoded]] = ()
 
 
 @dataclass(frozen=True)
