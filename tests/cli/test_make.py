@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from patcher.evaluation.report import Count, EvaluationReport, Figures
 from tests.cli.running import document, run
 from tests.small_patch import MODULE, small_patch
 
@@ -46,17 +47,11 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], dict[str, Any]]:
         wishes["progress"].finish()
         return Result(wishes["output"])
 
-    class Report:
-        def as_dict(self) -> dict[str, Any]:
-            figures = dict.fromkeys(("efficacy", "generalization", "specificity"), 0.25)
-            figures |= {"retained": None, "perplexity": 12.345678}  # type: ignore[dict-item]
-            counts = {name: {"yes": 1, "of": 4} for name in figures}
-            both = {"base": counts, "patched": counts}
-            return {"facts": 5, "known": 4, "base": figures, "patched": figures, "counts": both}
-
-    def evaluate(**wishes: Any) -> Report:
+    def evaluate(**wishes: Any) -> EvaluationReport:
         calls["evaluate"] = wishes
-        return Report()
+        some, none = Count(1, 4), Count(0, 0)
+        figures = Figures(some, some, some, none, 12.345678)
+        return EvaluationReport(5, 4, figures, figures, none, None, (), "bfloat16")
 
     monkeypatch.setattr("patcher.unlearn.compute", compute)
     monkeypatch.setattr("patcher.evaluation.evaluate", evaluate)
