@@ -53,14 +53,17 @@ def gate(
         strength: the objective's weights.
     """
     W = weight.double()
-    A = W @ moment.to(W) @ W.T
-    U = W @ keys.T.to(W)
-    eye = torch.eye(len(W)).to(W)
+    return gate_of(W @ moment.to(W) @ W.T, W @ keys.T.to(W), strength)
+
+
+def gate_of(A: torch.Tensor, U: torch.Tensor, strength: Strength) -> Gate:
+    """The same, from ``A = W C Wᵀ [d_out, d_out]`` and ``U = W K [d_out, n]``, float64."""
+    eye = torch.eye(len(A)).to(A)
     X = torch.linalg.solve(strength.preserve * A + strength.ridge * eye, U)
-    small = torch.eye(U.shape[1]).to(W) / strength.forget + U.T @ X
+    small = torch.eye(U.shape[1]).to(A) / strength.forget + U.T @ X
     R = torch.linalg.solve(small, X.T)
-    scale = A.trace() / len(W)
+    scale = A.trace() / len(A)
     cost = R @ A @ R.T / scale
     # Keys that coincide make it singular: a ten-thousandth of its mean keeps it invertible.
-    cost += torch.eye(len(cost)).to(W) * (1e-4 * cost.trace() / len(cost) + 1e-12)
+    cost += torch.eye(len(cost)).to(A) * (1e-4 * cost.trace() / len(cost) + 1e-12)
     return Gate(R.float(), cost)
