@@ -10,13 +10,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 START_SECONDS = 400
+CONTEXT = 8192  # tokens of a request: all that the model takes
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -50,7 +51,7 @@ class Server:
     def start(self, *more: str, wait: bool = True, **environment: str) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, *self._launcher, self.model, "--port", str(self.port)]
-        command += ["--host", "127.0.0.1", "--max-model-len", "2048"]
+        command += ["--host", "127.0.0.1", "--max-model-len", str(CONTEXT)]
         command += ["--served-model-name", "m", *self._options, *more]
         settings = {
             "HF_HUB_OFFLINE": "1",
@@ -117,7 +118,7 @@ class Server:
         choice: dict[str, Any] = answer.json()["choices"][0]
         return choice
 
-    def stream(self, prompt: str, tokens: int) -> Iterator[dict[str, Any]]:
+    def stream(self, prompt: str, tokens: int) -> Generator[dict[str, Any]]:
         """The events of a streamed greedy completion."""
         body = {"model": "m", "prompt": prompt, "max_tokens": tokens, "temperature": 0}
         body |= {"stream": True, "ignore_eos": True}
