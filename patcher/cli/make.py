@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from patcher.cli.options import Command, existing_file, json_option
+from patcher.cli.options import Command, existing_file, json_option, stack_options
 from patcher.cli.output import facts, print_json, short, size, table
 from patcher.cli.progress import shown_progress
 
@@ -77,6 +77,7 @@ def data_options(command: Command) -> Command:
 )
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--title", metavar="TEXT", help="A name for people; it stands in the file.")
+@stack_options
 @json_option
 def compute(as_json: bool, verbose: bool, **wishes: Any) -> None:
     """Compute an edit and write it as a patch file."""
@@ -126,6 +127,7 @@ def _given(wishes: Mapping[str, Any]) -> dict[str, Any]:
 def _effect(found: Mapping[str, Any]) -> list[tuple[str, object]]:
     # What the check on the rounded weights found, in words.
     wordings, others, kept = (found[n] for n in ("paraphrases", "others_unchanged", "preserved"))
+    below = found.get("still_forgotten") or {"patched": 0, "base": 0, "of": 0}
     ratio = found["perplexity_ratio"]
     rows = [
         ("still answered", f"{found['answered']} of {found['facts']}"),
@@ -136,6 +138,7 @@ def _effect(found: Mapping[str, Any]) -> list[tuple[str, object]]:
         ),
         ("others unchanged", f"{others['same']} of {others['of']}"),
         ("to be preserved", f"{kept['patched']} of {kept['of']} (before {kept['base']})"),
+        ("still forgotten", f"{below['patched']} of {below['of']} (before {below['base']})"),
         ("perplexity", "–" if ratio is None else f"{round(100 * (ratio - 1), 2) + 0.0:+.2f} %"),
     ]
     return [(name, text) for name, text in rows if " of 0" not in text]

@@ -75,6 +75,57 @@ def engine_options(command: Command) -> Command:
     return cast(Command, connected)
 
 
+def stack_options(command: Command) -> Command:
+    """What lies beneath a new patch; the function gets each as None where it wasn't given."""
+
+    @functools.wraps(command)
+    def given(
+        *args: Any,
+        on_top_of: tuple[str, ...],
+        keep_forgotten: tuple[Path, ...],
+        token: str | None,
+        token_file: Path | None,
+        **rest: Any,
+    ) -> Any:
+        below = {"on_top_of": on_top_of or None, "keep_forgotten": keep_forgotten or None}
+        return command(*args, **below, token=read_token(token, token_file), **rest)
+
+    wrapped: Any = given
+    for option in (
+        click.option("--token-file", type=existing_file, help="File with that token."),
+        click.option(
+            "--token",
+            envvar="PATCHER_TOKEN",
+            show_envvar=True,
+            metavar="TOKEN",
+            help="Admin token for --engine.",
+        ),
+        # Not from PATCHER_ENGINE: what is computed must not hang on a variable set for others.
+        click.option(
+            "--engine",
+            metavar="URL",
+            help="Compute on top of what is in force at this engine, or of what --on-top-of "
+            "names of it.",
+        ),
+        click.option(
+            "--keep-forgotten",
+            multiple=True,
+            type=existing_file,
+            metavar="F.jsonl",
+            help="A forget set of a patch beneath, to be guarded and checked; again for more.",
+        ),
+        click.option(
+            "--on-top-of",
+            multiple=True,
+            metavar="P.st|ID",
+            help="A patch that will be in force beneath this one; again for more, the bottom "
+            "first. Ids need --engine. The new patch requires them.",
+        ),
+    ):
+        wrapped = option(wrapped)
+    return cast(Command, wrapped)
+
+
 def change_options(command: Command) -> Command:
     """``--in-flight`` and ``--reason`` of a change of the stack."""
     for option in (

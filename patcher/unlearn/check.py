@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from .models import Model
 from .progress import Progress
 from .prompts import Encoded, encode
 from .reference import Probe
+from .stacking import Earlier, still_forgotten
 from .wishes import GENERATED, leak
 
 
@@ -33,12 +34,13 @@ class Check:
     """What the check asks beside the facts; none of it is in the statistics but ``keep``.
 
     ``text``: windows of ids. ``probes``: prompts about other subjects. ``keep``: the
-    owner's facts that are to stay.
+    owner's facts that are to stay. ``earlier``: what is to stay forgotten.
     """
 
     text: Sequence[Sequence[int]]
     probes: Sequence[Probe]
     keep: Sequence[Encoded]
+    earlier: Earlier = field(default_factory=Earlier)
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Figures:
     leaked: int
     paraphrases: int
     kept: int
+    forgotten: int
     nats: float | None
     next_tokens: tuple[int, ...]
 
@@ -63,6 +66,7 @@ class Found:
     known: int
     paraphrases: int
     kept: int
+    earlier: int
     dtype: str
 
     def as_dict(self) -> dict[str, Any]:
@@ -85,6 +89,11 @@ class Found:
             },
             "others_unchanged": {"same": same, "of": len(before.next_tokens)},
             "preserved": {"patched": after.kept, "base": before.kept, "of": self.kept},
+            "still_forgotten": {
+                "patched": after.forgotten,
+                "base": before.forgotten,
+                "of": self.earlier,
+            },
             "perplexity_ratio": rise,
         }
 
@@ -108,6 +117,7 @@ def check(
         sum(known),
         len(wordings),
         len(asked.keep),
+        asked.earlier.given,
         job.model.dtype_name,
     )
 
@@ -131,6 +141,7 @@ def _figures(
         leaked=_leaks(job) if patched else 0,
         paraphrases=sum(answered(model, wordings)),
         kept=sum(answered(model, [(e.prompt, e.answer) for e in asked.keep])),
+        forgotten=still_forgotten(model, asked.earlier),
         nats=mean_nats(model, asked.text) if asked.text else None,
         next_tokens=tuple(next_tokens(model, ids)),
     )

@@ -16,6 +16,7 @@ from .models import Model
 from .progress import Progress
 from .prompts import Encoded
 from .reference import Probe
+from .stacking import Earlier
 
 Deltas = dict[str, Delta]  # module name -> delta as it is stored
 
@@ -49,7 +50,8 @@ class Job:
     ``text``: windows of ids. ``probes``: prompts about other subjects, with those of the
     facts that the owner wants kept. None of them is about the facts. ``augmented``: of
     every fact other prompts with the same answer that a method may learn from; empty, or
-    one sequence a fact.
+    one sequence a fact. ``earlier``: what the stack beneath has forgotten, where the owner
+    gave it again.
     """
 
     model: Model
@@ -62,6 +64,7 @@ class Job:
     progress: Progress
     journal: Journal = field(default_factory=Journal)
     augmented: Sequence[Sequence[Encoded]] = ()
+    earlier: Earlier = field(default_factory=Earlier)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..client import Engine
 from ..errors import ForgetSetError, InputError, UsageError
 from ..patch import Base, Manifest, Method, Patch, Requests, commitment, module_base, owner_salt
 from .check import Check, Found, check
@@ -25,6 +26,7 @@ from .progress import Progress, Silent
 from .prompts import Encoded, encode_facts
 from .reference import Probe, reference_text, shipped_probes, windows, without
 from .registry import method as find_method
+from .stacking import Named, forgotten_before, lower_patches, read_earlier, stacked
 from .statistics import cache_folder
 
 HELD_OUT = 128  # probes that the statistics don't see: the check asks them
@@ -100,6 +102,10 @@ def compute(
     as_published: bool = False,
     orthogonal: bool = False,
     resume: bool = True,
+    on_top_of: Sequence[Named] = (),
+    engine: str | Engine | None = None,
+    token: str | None = None,
+    keep_forgotten: Sequence[Source] = (),
     progress: Progress | None = None,
 ) -> ComputeResult:
     """Compute the patch that makes a model forget, and check it as it will be served.
@@ -131,6 +137,12 @@ def compute(
         as_published: ``zero`` as the paper's code computes it, to compare with.
         orthogonal: ``zero`` with the paper's orthogonality, on the facts' inputs.
         resume: go on from where the same computation was interrupted.
+        on_top_of: patches that are in force beneath, the bottom first: files, patches, or,
+            with ``engine``, ids that it holds. The new patch requires them.
+        engine: a running engine or its URL: its stack in force lies beneath, or what
+            ``on_top_of`` names of it.
+        token: the engine's, where a URL is given; None: ``$PATCHER_TOKEN``.
+        keep_forgotten: forget sets of the patches beneath, which are guarded and checked.
         progress: told what is done.
 
     Raises:
@@ -138,6 +150,8 @@ def compute(
         InputError: the reference text can't be used.
         ModelError: the model can't be used.
         UsageError: an option is off, or ``output`` can't be written.
+        BaseMismatchError: a patch beneath was computed on other weights.
+        StackConflictError: the patches beneath are no stack.
     """
     begun = time.monotonic()
     teller = progress or Silent()
@@ -147,6 +161,8 @@ def compute(
     _check_limit(limit)
     kept = read_facts(preserve) if preserve is not None else []
     text = reference_text(reference)
+    lower = lower_patches(on_top_of, engine, token)
+    before = read_earlier(keep_forgotten, bool(on_top_of) or engine is not None)
     teller.start("Loading the model", None)
     loaded = load(model, dtype, device)
     teller.finish()
@@ -157,15 +173,18 @@ def compute(
         as_published=as_published,
         orthogonal=orthogonal,
     )
-    chosen = choose(loaded, facts, known_only, limit, teller)
-    job, asked = _job(loaded, chosen, settings, text, kept, cache, teller)
-    job = replace(job, journal=_journal(job, method))
-    if not resume:
-        job.journal.clear()
-    torch.manual_seed(seed)
-    outcome = run(job)
-    found = check(job, outcome.deltas, asked, chosen.known, progress=teller)
-    patch = _patch(job, outcome, method, title, found)
+    with stacked(loaded, lower):
+        chosen = choose(loaded, facts, known_only, limit, teller)
+        job, asked = _job(loaded, chosen, settings, text, kept, cache, teller)
+        job = replace(job, earlier=forgotten_before(loaded, before, chosen.facts))
+        asked = replace(asked, earlier=job.earlier)
+        job = replace(job, journal=_journal(job, method))
+        if not resume:
+            job.journal.clear()
+        torch.manual_seed(seed)
+        outcome = run(job)
+        found = check(job, outcome.deltas, asked, chosen.known, progress=teller)
+        patch = _patch(job, outcome, method, title, found, lower)
     if output is not None:
         patch.write(output)
     job.journal.clear()
@@ -269,13 +288,21 @@ def _journal(job: Job, method: str) -> Journal:
         "facts": [fact.canonical() for fact in job.facts],
         "text": [list(window) for window in job.text],
         "probes": [list(probe) for probe in job.probes],
+        "earlier": [list(one) for one in job.earlier.encoded],
         "threads": torch.get_num_threads(),
     }
     name = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:32]
     return Journal(None if job.cache is None else job.cache / "jobs" / name)
 
 
-def _patch(job: Job, outcome: Outcome, method: str, title: str | None, found: Found) -> Patch:
+def _patch(
+    job: Job,
+    outcome: Outcome,
+    method: str,
+    title: str | None,
+    found: Found,
+    lower: Sequence[Patch],
+) -> Patch:
     model, count = job.model, len(job.facts)
     hyperparameters: dict[str, Any] = asdict(job.settings) | {
         "layers": list(job.settings.layers),
@@ -297,6 +324,7 @@ def _patch(job: Job, outcome: Outcome, method: str, title: str | None, found: Fo
             count=count,
             commitment=commitment([fact.canonical() for fact in job.facts], owner_salt()),
         ),
+        requires=tuple(patch.id for patch in lower),
         evaluation=found.as_dict(),
     )
     return Patch.build(manifest, outcome.deltas)

@@ -8,13 +8,17 @@ import torch
 
 from .job import Job
 from .reference import Probe, locate_probes, same_wording
+from .stacking import forgotten_moments
 from .statistics import moments
 
 SAME_WORDING = 480  # prompts in the facts' own wordings, at most sixteen a fact
 
 
 def preserved(job: Job, layers: list[int]) -> dict[int, torch.Tensor]:
-    """The second moment that is preserved, ``{layer: C}``: the mean of up to four."""
+    """The second moment that is preserved, ``{layer: C}``: the mean of up to four.
+
+    On top of a stack, with what that acts on as a further one of equal weight.
+    """
 
     def of_prompts(
         probes: Sequence[Probe], what: str, *, every_token: bool = False, keep: bool = False
@@ -50,4 +54,7 @@ def preserved(job: Job, layers: list[int]) -> dict[int, torch.Tensor]:
         # Words that all prompts of a wording share are no place to act at.
         parts.append(of_prompts(alike, "Statistics of the same wordings", every_token=True))
     zero = torch.zeros(())
-    return {layer: sum((part[layer] for part in parts), zero) / len(parts) for layer in layers}
+    mean = {layer: sum((part[layer] for part in parts), zero) / len(parts) for layer in layers}
+    for layer, beneath in forgotten_moments(job, mean).items():
+        mean[layer] = (mean[layer] * len(parts) + beneath) / (len(parts) + 1)
+    return mean

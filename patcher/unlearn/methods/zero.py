@@ -12,6 +12,7 @@ from ..job import Deltas, Job, Outcome
 from ..preserved import preserved
 from ..reference import locate_probes, same_wording
 from ..slopes import Values, Wish, of_answers
+from ..stacking import came_back, replaced
 from ..values import Metric, least_change, metric
 from ..wishes import GENERATED, leak, wishes_for
 
@@ -89,6 +90,7 @@ def _unmet(job: Job, deltas: Deltas, wishes: list[Wish]) -> list[Wish]:
     with folded(job.model, as_edit(deltas)):
         still = answered(job.model, [(e.prompt, e.answer) for e in job.encoded])
         texts = continuations(job.model, [e.prompt for e in job.encoded], GENERATED)
+        returned = came_back(job.model, job.earlier, wishes)
         rising = [w for w in wishes if w.rise]
         unsaid = [
             w.fact
@@ -107,4 +109,5 @@ def _unmet(job: Job, deltas: Deltas, wishes: list[Wish]) -> list[Wish]:
         wish = leak(job.model.tokenizer, encoded, i, fact.target, texts[i])
         if wish and (tuple(wish.ids), wish.token) not in known:
             grown.append(wish)
-    return grown if stronger or len(grown) > len(wishes) else []
+    grown = replaced(grown, returned)
+    return grown if stronger or returned or len(grown) > len(wishes) else []
