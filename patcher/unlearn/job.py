@@ -34,6 +34,9 @@ class Settings:
     rounds: int = 4  # of computing and checking, at most
     text_tokens: int = 16384  # of the reference text that the statistics are taken from
     window: int = 256  # tokens of it that are read together
+    #: Weights of what is preserved: running text; the last tokens of other subjects; and in
+    #: the facts' wordings the last tokens of other subjects, and all tokens.
+    mixture: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
     guard: float = 30.0  # how much the margins of other prompts weigh against the keys' cost
     guards: int = 180  # other prompts in the facts' wordings that are guarded, six a fact at most
     guards_apart: int = 60  # other prompts in other wordings

@@ -17,7 +17,8 @@ SAME_WORDING = 480  # prompts in the facts' own wordings, at most sixteen a fact
 def preserved(job: Job, layers: list[int]) -> dict[int, torch.Tensor]:
     """The second moment that is preserved, ``{layer: C}``: the mean of up to four.
 
-    On top of a stack, with what that acts on as a further one of equal weight.
+    They are weighed by the settings' mixture; those that the facts give no prompts for
+    are left out. On top of a stack, with what that acts on as a further one of equal weight.
     """
 
     def of_prompts(
@@ -34,8 +35,12 @@ def preserved(job: Job, layers: list[int]) -> dict[int, torch.Tensor]:
             what=what,
         )
 
-    parts = [
-        moments(
+    weights = job.settings.mixture
+    each = max(4, min(16, SAME_WORDING // len(job.facts)))
+    alike = same_wording(job.facts, job.probes, each, job.settings.seed) if any(weights[2:]) else []
+    parts: list[tuple[float, dict[int, torch.Tensor]]] = []
+    if weights[0]:
+        text = moments(
             job.model,
             job.text,
             None,
@@ -44,17 +49,19 @@ def preserved(job: Job, layers: list[int]) -> dict[int, torch.Tensor]:
             progress=job.progress,
             what="Statistics of the reference text",
         )
-    ]
-    if job.probes:
-        parts.append(of_prompts(job.probes, "Statistics of other subjects", keep=True))
-    each = max(4, min(16, SAME_WORDING // len(job.facts)))
-    alike = same_wording(job.facts, job.probes, each, job.settings.seed)
-    if alike:
-        parts.append(of_prompts(alike, "Statistics of the same wordings"))
+        parts.append((weights[0], text))
+    if job.probes and weights[1]:
+        parts.append(
+            (weights[1], of_prompts(job.probes, "Statistics of other subjects", keep=True))
+        )
+    if alike and weights[2]:
+        parts.append((weights[2], of_prompts(alike, "Statistics of the same wordings")))
+    if alike and weights[3]:
         # Words that all prompts of a wording share are no place to act at.
-        parts.append(of_prompts(alike, "Statistics of the same wordings", every_token=True))
-    zero = torch.zeros(())
-    mean = {layer: sum((part[layer] for part in parts), zero) / len(parts) for layer in layers}
+        found = of_prompts(alike, "Statistics of the same wordings", every_token=True)
+        parts.append((weights[3], found))
+    zero, whole = torch.zeros(()), sum(weight for weight, _ in parts)
+    mean = {layer: sum((w * part[layer] for w, part in parts), zero) / whole for layer in layers}
     for layer, beneath in forgotten_moments(job, mean).items():
         mean[layer] = (mean[layer] * len(parts) + beneath) / (len(parts) + 1)
     return mean
