@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from patcher.errors import (
     AlreadyAppliedError,
     AmbiguousIdError,
+    BarsNotMetError,
     BaseMismatchError,
     EngineRefusedError,
     EngineUnreachableError,
@@ -30,6 +31,8 @@ from patcher.errors import (
     InputError,
     InvalidPatchError,
     ModelError,
+    NotEnoughMemoryError,
+    NumericalError,
     PatcherError,
     PermissionDeniedError,
     RoleTooWeakError,
@@ -52,6 +55,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AlreadyAppliedError",
     "AmbiguousIdError",
+    "BarsNotMetError",
     "BaseMismatchError",
     "Engine",
     "EngineRefusedError",
@@ -61,6 +65,8 @@ __all__ = [
     "InputError",
     "InvalidPatchError",
     "ModelError",
+    "NotEnoughMemoryError",
+    "NumericalError",
     "Patch",
     "PatcherError",
     "PermissionDeniedError",

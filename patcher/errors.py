@@ -18,9 +18,12 @@
     ├── VerificationError            9   live weights are not what they must be (operator)
     ├── PermissionDeniedError       10   token missing or unknown            (caller)
     │   └── RoleTooWeakError        10   the token may do less than this     (caller)
-    └── InputError                  11   forget set, text or model unusable  (caller)
-        ├── ForgetSetError          11
-        └── ModelError              11
+    ├── InputError                  11   forget set, text or model unusable  (caller)
+    │   ├── ForgetSetError          11
+    │   ├── ModelError              11
+    │   ├── NumericalError          11   numbers that are not finite, an unstable solve
+    │   └── NotEnoughMemoryError    11   more memory needed than there is
+    └── BarsNotMetError             12   a patch, but not within all of its bars (caller)
 
 The word in brackets says who can mend it. ``code`` is the error's name on the
 wire (``application/problem+json``, see ``docs/protocol.md``).
@@ -28,7 +31,7 @@ wire (``application/problem+json``, see ``docs/protocol.md``).
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class PatcherError(Exception):
@@ -176,6 +179,30 @@ class ModelError(InputError):
     """The model can't be used."""
 
     code = "bad-model"
+
+
+class NumericalError(InputError):
+    """Numbers are not finite, or what is preserved makes no stable solve."""
+
+    code = "not-finite"
+
+
+class NotEnoughMemoryError(InputError):
+    """The computation needs more memory than there is."""
+
+    code = "not-enough-memory"
+
+
+class BarsNotMetError(PatcherError):
+    """A patch was computed and written, and does not keep within all of its bars.
+
+    ``result``: the :class:`~patcher.unlearn.ComputeResult`, where it was raised by ``compute``.
+    """
+
+    code = "bars-not-met"
+    exit_code = 12
+    http_status = 422
+    result: Any = None
 
 
 def by_code(code: str) -> type[PatcherError]:

@@ -24,6 +24,7 @@ def test_the_public_names_are_these() -> None:
     assert patcher.__all__ == [
         "AlreadyAppliedError",
         "AmbiguousIdError",
+        "BarsNotMetError",
         "BaseMismatchError",
         "Engine",
         "EngineRefusedError",
@@ -33,6 +34,8 @@ def test_the_public_names_are_these() -> None:
         "InputError",
         "InvalidPatchError",
         "ModelError",
+        "NotEnoughMemoryError",
+        "NumericalError",
         "Patch",
         "PatcherError",
         "PermissionDeniedError",
