@@ -58,7 +58,7 @@ _FORMATS = "auto|jsonl|counterfact|zsre|mquake|rwku|tofu"
     show_default=True,
     metavar="all|none|NAME,…",
     help="Further figures: probability, rank, templates, prefixes, chat, sampling, says, multihop, "
-    "truth, lens, same_relation, same_subject, quantise, relearn.",
+    "truth, lens, layers, same_relation, same_subject, quantise, relearn.",
 )
 @click.option(
     "--lm-eval",
@@ -72,7 +72,11 @@ _FORMATS = "auto|jsonl|counterfact|zsre|mquake|rwku|tofu"
     metavar="FILE.html",
     help="Write all of it as one page that opens offline.",
 )
-@click.option("--with-texts", is_flag=True, help="Name the facts in the page by their texts.")
+@click.option(
+    "--with-texts",
+    is_flag=True,
+    help="Let the page, or --json, name the facts by their texts and say what the model replies.",
+)
 @json_option
 def evaluate(
     as_json: bool,
@@ -88,8 +92,11 @@ def evaluate(
     their paraphrases (generalization), where low is good; of their neighbours (specificity)
     and of other facts (retained), where high is good. Intervals are of 95 %.
     """
-    if with_texts and report is None:
-        raise UsageError("--with-texts is for a page.", "Give --report FILE.html beside it.")
+    if with_texts and report is None and not as_json:
+        raise UsageError(
+            "--with-texts is for a page or a document.",
+            "Give --report FILE.html or --json with it.",
+        )
     if report is not None and not report.absolute().parent.is_dir():
         raise UsageError(f"There is no folder {report.parent}.", "Make it, or name another place.")
     from patcher.evaluation import evaluate as run
@@ -100,7 +107,7 @@ def evaluate(
         found = run(**_given(wishes), lm_eval=tasks, progress=progress)
     if report is not None:
         write_page(report, {"this evaluation": found}, with_texts=with_texts)
-    document = found.as_dict()
+    document = found.as_dict(with_texts=with_texts)
     if as_json:
         print_json(document)
     else:

@@ -80,6 +80,13 @@ def not_finite() -> ModelError:
     )
 
 
+def fits(model: Model, pair: Pair) -> bool:
+    """Whether prompt and answer have tokens, and no more than the model takes."""
+    prompt, answer = pair
+    most = model.max_tokens
+    return bool(prompt and answer) and (most is None or len(prompt) + len(answer) <= most)
+
+
 def stands_in(text: str, answer: str) -> bool:
     """Whether the answer stands in the text as words of its own, whatever the case."""
     words = re.escape(answer.strip().casefold())

@@ -46,6 +46,7 @@ def probe_lines(document: Mapping[str, Any]) -> list[Line]:
     return [
         Line(probe, name, base, _at(found["patched"], name))
         for probe, found in document["probes"].items()
+        if "base" in found
         for name, base in _leaves(found["base"], "")
     ]
 

@@ -19,7 +19,7 @@ from ..unlearn.progress import Progress, Silent
 from ..unlearn.prompts import encode_facts
 from ..unlearn.reference import read_text
 from . import general
-from .intervals import share
+from .intervals import Outcome, share
 from .probes import Asked, Setting, askable, choose_probes, looked, told
 from .questions import Outcomes, questions
 from .readers import format_of, opened
@@ -103,7 +103,7 @@ def evaluate(
     ]
     said = answered(loaded, [other.pair for other in others])
     known = [other for other, yes in zip(others, said, strict=True) if yes]
-    setting = Setting(loaded, asked, others, known, _layers(loaded, stack), seed)
+    setting = Setting(loaded, asked, others, known, _layers(loaded, stack), seed, edits)
     ready, skipped = askable(setting, wanted, named)
     usual = questions(loaded, asked, known, text)
 
@@ -114,9 +114,9 @@ def evaluate(
         patched, after = usual.ask(loaded) if edits else (base, before)
         teller.step(2)
         teller.finish()
-        found = looked(setting, ready, teller)
+        found = looked(setting, ready, teller, base=not edits)
         general_patched = general.run(loaded, tasks) if tasks else None
-    plain = looked(setting, ready, teller) if edits else found
+    plain = looked(setting, ready, teller, base=True) if edits else found
     general_base = general.run(loaded, tasks) if tasks and edits else general_patched
     return EvaluationReport(
         chosen.looked_at,
@@ -134,8 +134,10 @@ def evaluate(
         changed=changed,
         lm_eval=None if not tasks else {"base": general_base, "patched": general_patched},
         format=_format(forget, format),
+        each={"base": _each(before), "patched": _each(after)},
         texts=tuple(one.fact.text for one in asked),
         targets=tuple(one.fact.target for one in asked),
+        replies={"base": plain["says"], "patched": found["says"]} if "says" in ready else {},
     )
 
 
@@ -179,6 +181,10 @@ def _edited(model: Model, edits: Sequence[Edit]) -> Iterator[dict[str, dict[str,
 def _intervals(outcomes: Outcomes, seed: int) -> dict[str, dict[str, Any] | None]:
     found = {name: share(one, seed).as_dict() for name, one in outcomes.items()}
     return {name: one["interval"] for name, one in found.items()}
+
+
+def _each(outcomes: Outcomes) -> dict[str, Sequence[Outcome]]:
+    return {name: outcomes[name] for name in ("efficacy", "generalization", "specificity")}
 
 
 def _groups(setting: Setting, before: Outcomes, after: Outcomes) -> dict[str, Any]:

@@ -5,50 +5,64 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from ..patch.files import write
-from . import plots
-from .definitions import DEFINITIONS
-from .lines import Line, Value, probe_lines, usual_lines
+from . import plots, tables
+from .definitions import DEFINITIONS, USUAL
+from .plots import Entry
 from .report import EvaluationReport
 
+Reports = Mapping[str, EvaluationReport | Sequence[EvaluationReport]]
+
 _STYLE = """
-:root{--ink:#1d2126;--soft:#5d6670;--rule:#d5dae0;--paper:#fff;--base:#7a8490;--patched:#b3471d}
+:root{--ink:#1d2126;--soft:#5d6670;--rule:#d5dae0;--paper:#fff;--base:#7a8490;--patched:#b3471d;
+--s0:#0072b2;--s1:#d55e00;--s2:#009e73;--s3:#cc79a7;--s4:#8a6d00;--s5:#3f9fd8;--s6:#6a3d9a;--s7:#7a8490}
 @media(prefers-color-scheme:dark){:root{--ink:#e3e6ea;--soft:#9aa4af;--rule:#3a424b;
 --paper:#15181c;--base:#98a3af;--patched:#f08a5b}}
 *{box-sizing:border-box}
-body{margin:0 auto;max-width:62rem;padding:2rem 1.25rem 4rem;color:var(--ink);
+body{margin:0 auto;max-width:64rem;padding:2rem 1.25rem 4rem;color:var(--ink);
 background:var(--paper);font:16px/1.5 system-ui,sans-serif}
 h1{font-size:1.6rem;line-height:1.2;margin:0 0 .25rem}
-h2{font-size:1.15rem;margin:2.5rem 0 .5rem}
-p,dd{max-width:42rem}
-.soft,caption,figcaption{color:var(--soft);font-size:.9rem}
-caption,figcaption{text-align:left;margin-bottom:.25rem}
+h2{font-size:1.3rem;margin:2.75rem 0 .5rem}
+h3{font-size:1.05rem;margin:1.75rem 0 .4rem}
+p,dd,figcaption{max-width:44rem}
+.soft,figcaption{color:var(--soft);font-size:.9rem}
+summary{font-size:1.3rem;font-weight:600;cursor:pointer;margin:1.5rem 0 .5rem}
 .wide{overflow-x:auto}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums}
-th,td{padding:.3rem .9rem .3rem 0;text-align:left;vertical-align:top;
+table{border-collapse:collapse;font-size:.92rem;font-variant-numeric:tabular-nums}
+th,td{padding:.3rem 1.1rem .3rem 0;text-align:left;vertical-align:top;
 border-bottom:1px solid var(--rule)}
-th{font-weight:600}
-.n{text-align:right;white-space:nowrap}
-figure{margin:1.25rem 0}
-svg{width:100%;max-width:40rem;height:auto;font:12px system-ui,sans-serif;fill:var(--ink)}
+th{font-weight:600;vertical-align:bottom}
+.n{text-align:right}
+td.n{white-space:nowrap}
+figure{margin:.75rem 0 1.25rem}
+svg{display:block;width:100%;max-width:42rem;height:auto;font:12px system-ui,sans-serif;
+fill:var(--ink)}
 svg line{stroke:var(--soft);stroke-width:1}
 svg .grid{stroke:var(--rule)}
 svg .guide{stroke-dasharray:4 4}
-svg .span{stroke:var(--ink);stroke-width:1.5;opacity:.55}
+svg .span{stroke:var(--ink);stroke-width:1.5;opacity:.45}
+svg .track{fill:none;stroke-width:1.5;opacity:.7}
 svg .base{fill:var(--base)}
 svg .patched{fill:var(--patched)}
+svg .track.base{fill:none;stroke:var(--base)}
+svg .track.patched{fill:none;stroke:var(--patched)}
 dt{font-weight:600;margin-top:.6rem}
 dd{margin:0}
 code{overflow-wrap:anywhere}
-"""
+""" + "".join(
+    f"svg .s{n}{{fill:var(--s{n})}}svg .track.s{n}{{fill:none;stroke:var(--s{n})}}\n"
+    for n in range(plots.COLOURS)
+)
 
 
-def write_page(
-    path: str | Path, reports: Mapping[str, EvaluationReport], *, with_texts: bool = False
-) -> None:
+def write_page(path: str | Path, reports: Reports, *, with_texts: bool = False) -> None:
     """Write the page; the file is there whole or not at all.
+
+    Args:
+        path: where.
+        reports: by name, as :func:`page` has it.
+        with_texts: name facts by prompt and answer; else they are numbered.
 
     Raises:
         UsageError: the place can't be written.
@@ -56,22 +70,39 @@ def write_page(
     write(path, page(reports, with_texts=with_texts).encode("utf-8"))
 
 
-def page(reports: Mapping[str, EvaluationReport], *, with_texts: bool = False) -> str:
+def page(reports: Reports, *, with_texts: bool = False) -> str:
     """The page's text: tables, plots, and what every figure means.
 
     Args:
-        reports: by the names that they are to have in tables and plots; several are
-            compared, such as one a method.
+        reports: by the names that they are to have in tables and plots, such as one a
+            method; a name may have several, such as one a number of facts or a seed,
+            which are drawn as one line.
         with_texts: name facts by prompt and answer; else they are numbered.
     """
-    documents = {name: report.as_dict() for name, report in reports.items()}
-    parts = ["<h1>What the model still answers</h1>", _summary(documents)]
-    parts += _figures("Efficacy against damage", plots.efficacy_against_damage(documents))
-    if len(documents) > 1:
-        parts += _figures("Cost as facts grow", plots.cost_by_facts(documents))
-    for name, report in reports.items():
-        parts += _one(name if len(reports) > 1 else "", report, with_texts)
-    parts.append(_definitions(documents))
+    named = _named(reports)
+    entries = [entry for entry, _ in named]
+    parts = ["<h1>What the model still answers</h1>"]
+    if len(named) == 1:
+        parts += [_about(entries[0]), *_one(*named[0], with_texts)]
+    else:
+        parts += [_heading("Side by side"), tables.comparison(entries)]
+        parts += _front(entries)
+        parts += _plot(
+            "What it costs as facts grow: other facts",
+            plots.damage_by_facts(entries),
+            "Share of the retain file's facts, of those that the base answers, that are no longer "
+            "answered, over the number of facts forgotten. Points: evaluations with their 95 % "
+            "interval; lines: their mean.",
+        )
+        parts += _plot(
+            "What it costs as facts grow: text",
+            plots.perplexity_by_facts(entries),
+            "Perplexity of the patched weights over the base's, on the same text.",
+        )
+        for entry, report in named:
+            body = "\n".join([_about(entry), *_one(entry, report, with_texts)])
+            parts.append(f"<details><summary>{escape(entry.name)}</summary>\n{body}\n</details>")
+    parts.append(_definitions(entries))
     body = "\n".join(parts)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -81,135 +112,98 @@ def page(reports: Mapping[str, EvaluationReport], *, with_texts: bool = False) -
     )
 
 
-def _summary(documents: Mapping[str, Mapping[str, Any]]) -> str:
-    rows = []
-    for name, document in documents.items():
-        ids = ", ".join(f"<code>{escape(i[:12])}</code>" for i in document["patches"]) or "none"
-        rows.append(
-            f"<p>{escape(name)}: {document['facts']} facts looked at, {document['known']} known "
-            f"to the base; weights in {escape(document['dtype'])}; facts to retain: "
-            f"{document['retain']['known']} known of {document['retain']['facts']}; "
-            f"patches, the bottom first: {ids}.</p>"
-        )
-    return "\n".join(rows)
+def _named(reports: Reports) -> list[tuple[Entry, EvaluationReport]]:
+    """Every evaluation with a name of its own: of several, by how many facts and which one."""
+    result: list[tuple[Entry, EvaluationReport]] = []
+    taken: dict[str, int] = {}
+    for series, found in reports.items():
+        several = [found] if isinstance(found, EvaluationReport) else list(found)
+        for report in several:
+            name = series
+            if len(several) > 1:
+                name = f"{series}, {report.patched.efficacy.of} facts"
+            taken[name] = taken.get(name, 0) + 1
+            if taken[name] > 1:
+                name = f"{name} ({taken[name]})"
+            result.append((Entry(series, name, report.as_dict()), report))
+    return result
 
 
-def _one(name: str, report: EvaluationReport, with_texts: bool) -> list[str]:
-    document = report.as_dict()
-    suffix = f" – {name}" if name else ""
-    parts = [_heading("Figures" + suffix), _figure_table(usual_lines(document))]
-    further = probe_lines(document)
-    if further:
-        parts += [_heading("Further figures" + suffix), _figure_table(further)]
+def _about(entry: Entry) -> str:
+    document = entry.document
+    ids = ", ".join(f"<code>{escape(i[:12])}</code>" for i in document["patches"]) or "none"
+    return (
+        f"<p>{document['facts']} facts looked at, {document['known']} known to the base; facts to "
+        f"retain: {document['retain']['known']} known of {document['retain']['facts']}; weights in "
+        f"{escape(document['dtype'])}; patches, the bottom first: {ids}.</p>"
+    )
+
+
+def _front(entries: Sequence[Entry]) -> list[str]:
+    return _plot(
+        "Efficacy against damage",
+        plots.efficacy_against_damage(entries),
+        "Lower left is best: nothing of what is to be forgotten is answered, and nothing else is "
+        "lost. Bars are 95 % intervals.",
+    )
+
+
+def _one(entry: Entry, report: EvaluationReport, with_texts: bool) -> list[str]:
+    document = entry.document
+    facts = document["counts"]["base"]["efficacy"]["of"]
+    parts = [*_part("Figures", tables.usual(document))]
+    parts += _front([entry])
+    parts += _part("Further figures", tables.further(document))
     if document["skipped"]:
         why = "; ".join(f"{escape(n)}: {escape(w)}" for n, w in document["skipped"].items())
         parts.append(f'<p class="soft">Not asked: {why}.</p>')
-    parts += _figures("Relearning" + suffix, plots.relearning(document))
-    parts += _figures("Answers before and after" + suffix, plots.before_and_after(document))
-    parts += _facts(report, with_texts, suffix)
-    parts += _figures("Damage by group of retained facts" + suffix, plots.damage_by_group(document))
-    parts += _groups(document, suffix)
-    parts += _figures("Change of each module" + suffix, plots.changes(document))
-    parts += _tasks(document, suffix)
+    parts += _plot(
+        "Relearning",
+        plots.relearning(document),
+        "Facts of the half that is not taught that are answered, after so many steps of teaching "
+        "the other half.",
+    )
+    parts += _plot(
+        "What a linear read-out still knows",
+        plots.readable(document),
+        f"Share of the {facts} facts whose answer's first token is in the top ten when a layer's "
+        "output goes straight to the head.",
+    )
+    parts += _plot(
+        "Answers before and after",
+        plots.before_and_after(document),
+        f"One point for each of the {facts} facts. On the dashed line nothing has changed; far "
+        "below it the answer has become unlikely.",
+    )
+    parts += _part("Fact by fact", tables.by_fact(report, with_texts))
+    parts += _plot(
+        "Damage by layer",
+        plots.damage_by_layer(document),
+        f"Each edited module alone, the others as in the base; of the "
+        f"{document['retain']['known']} retained facts that the base answers.",
+    )
+    parts += _plot(
+        "How far each module moved",
+        plots.changes(document),
+        "Frobenius norms, of the weights as they are served.",
+    )
+    parts += _part("Module by module", tables.modules(document))
+    parts += _plot(
+        "Damage by group of retained facts",
+        plots.damage_by_group(document),
+        "Groups are the rows' group or relation; each bar is of the facts that the base answers.",
+    )
+    parts += _part("By group", tables.groups(document))
+    parts += _part("lm-evaluation-harness", tables.tasks(document))
     return parts
 
 
-def _figure_table(lines: Sequence[Line]) -> str:
-    body = [
-        [
-            f"{line.probe} {line.name.replace('_', ' ').replace('.', ' ')}".strip(),
-            *(
-                cell
-                for value in (line.base, line.patched)
-                for cell in (_value(value), _span(value))
-            ),
-        ]
-        for line in lines
-    ]
-    return _table(["figure", ">base", ">95 % interval", ">patched", ">95 % interval"], body)
-
-
-def _value(value: Value) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, Mapping):
-        found = value["share"]
-        share = "–" if found is None else f"{100 * found:.1f} %"
-        return f"{share} ({value['yes']} of {value['of']})"
-    return str(value) if isinstance(value, int) else f"{value:.4g}"
-
-
-def _span(value: Value) -> str:
-    found = value.get("interval") if isinstance(value, Mapping) else None
-    if found is None:
-        return ""
-    mark = "" if found["by"] == "bootstrap" else " (exact)"
-    return f"{100 * found['low']:.1f} – {100 * found['high']:.1f} %{mark}"
-
-
-def _facts(report: EvaluationReport, with_texts: bool, suffix: str) -> list[str]:
-    """One row a fact, where a probe looked at single facts."""
-    columns: list[tuple[str, str, str]] = [
-        ("probability", "log-probability", "{:.2f}"),
-        ("rank", "rank", "{}"),
-        ("sampling", "samples of 20", "{}"),
-    ]
-    asked = [column for column in columns if column[0] in report.probes]
-    if not asked:
-        return []
-    body = []
-    for i, (text, target) in enumerate(zip(report.texts, report.targets, strict=True)):
-        cells = [
-            form.format(report.probes[probe][side]["each"][i])
-            for probe, _, form in asked
-            for side in ("base", "patched")
-        ]
-        named = [text, target] if with_texts else []
-        body.append([str(i + 1), *named, *cells])
-    heads = [f">{words}, {side}" for _, words, _ in asked for side in ("base", "patched")]
-    names = ["prompt", "answer"] if with_texts else []
-    return [_heading("Fact by fact" + suffix), _table([">fact", *names, *heads], body)]
-
-
-def _groups(document: Mapping[str, Any], suffix: str) -> list[str]:
-    body = [
-        [figure, name, *(cell for s in ("base", "patched") for cell in (_value(g[s]), _span(g[s])))]
-        for figure, groups in document["groups"].items()
-        for name, g in groups.items()
-    ]
-    if not body:
-        return []
-    heads = ["figure", "group", ">base", ">95 % interval", ">patched", ">95 % interval"]
-    return [_heading("By group" + suffix), _table(heads, body)]
-
-
-def _tasks(document: Mapping[str, Any], suffix: str) -> list[str]:
-    found = document["lm_eval"]
-    if not found:
-        return []
-    body = [
-        [
-            task,
-            name,
-            f"{value:.4g}",
-            f"{found['patched'].get(task, {}).get(name, float('nan')):.4g}",
-        ]
-        for task, values in found["base"].items()
-        for name, value in values.items()
-    ]
-    return [
-        _heading("lm-evaluation-harness" + suffix),
-        _table(["task", "figure", ">base", ">patched"], body),
-    ]
-
-
-def _definitions(documents: Mapping[str, Mapping[str, Any]]) -> str:
-    asked = {name for document in documents.values() for name in document["probes"]}
-    usual = ("efficacy", "generalization", "specificity", "retained", "perplexity")
+def _definitions(entries: Sequence[Entry]) -> str:
+    asked = {name for entry in entries for name in entry.document["probes"]}
     items = [
         f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>"
         for name, text in DEFINITIONS.items()
-        if name in usual or name in asked
+        if name in USUAL or name in asked
     ]
     return (
         _heading("What the figures mean") + f"<dl>{''.join(items)}</dl>"
@@ -219,25 +213,16 @@ def _definitions(documents: Mapping[str, Mapping[str, Any]]) -> str:
     )
 
 
-def _figures(title: str, plot: str | None) -> list[str]:
-    return [] if plot is None else [_heading(title), f"<figure>{plot}</figure>"]
+def _plot(title: str, plot: str | None, words: str) -> list[str]:
+    if plot is None:
+        return []
+    caption = f"<figcaption>{escape(words)}</figcaption>"
+    return [f"<h3>{escape(title)}</h3>", f"<figure>{plot}{caption}</figure>"]
+
+
+def _part(title: str, found: str | None) -> list[str]:
+    return [] if found is None else [f"<h3>{escape(title)}</h3>", found]
 
 
 def _heading(text: str) -> str:
     return f"<h2>{escape(text)}</h2>"
-
-
-def _table(heads: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """Cells are escaped here; a head that begins with ``>`` aligns its column to the right."""
-    kinds = [' class="n"' if head.startswith(">") else "" for head in heads]
-    top = "".join(
-        f"<th{kind}>{escape(head.removeprefix('>'))}</th>"
-        for kind, head in zip(kinds, heads, strict=True)
-    )
-    rows = "".join(
-        "<tr>"
-        + "".join(f"<td{k}>{escape(cell)}</td>" for k, cell in zip(kinds, row, strict=True))
-        + "</tr>"
-        for row in body
-    )
-    return f'<div class="wide"><table><tr>{top}</tr>{rows}</table></div>'

@@ -10,7 +10,7 @@ from ..errors import ForgetSetError, InputError
 from ..unlearn.models import Model
 from ..unlearn.prompts import encode
 from . import perplexity as ppl_
-from .asking import Pair, judge
+from .asking import Pair, fits, judge
 from .intervals import Outcome
 from .probes import Asked
 from .report import Count, Figures
@@ -61,6 +61,8 @@ def questions(
 ) -> Questions:
     """What is to be asked about the facts, those that stay, and the text.
 
+    Wordings and neighbours that are longer than the model takes are left out.
+
     Raises:
         ForgetSetError: a neighbour of the row's own list is not a prompt with a target.
         InputError: the text has one token.
@@ -79,7 +81,8 @@ def questions(
 
 def _wordings(model: Model, asked: Asked) -> list[Pair]:
     fact = asked.fact
-    return [encode(model.tokenizer, wording, fact.target) for wording in fact.other_wordings]
+    pairs = [encode(model.tokenizer, wording, fact.target) for wording in fact.other_wordings]
+    return [pair for pair in pairs if fits(model, pair)]
 
 
 def _neighbours(model: Model, asked: Asked) -> list[Pair]:
@@ -89,7 +92,7 @@ def _neighbours(model: Model, asked: Asked) -> list[Pair]:
         found.append(encode(model.tokenizer, fact.locality, fact.locality_target))
     for one in _listed(asked):
         found.append(encode(model.tokenizer, one["prompt"], one["target"]))
-    return found
+    return [pair for pair in found if fits(model, pair)]
 
 
 def _listed(asked: Asked) -> Sequence[Mapping[str, Any]]:

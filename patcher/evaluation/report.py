@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from .definitions import definitions_of
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ class EvaluationReport:
     ``groups``: efficacy and retained by the facts' relation or part of the dataset.
     ``probes``: further figures by name; ``skipped``: why some could not be asked.
     ``changed``: how far each module moved. ``lm_eval``: the tasks' numbers.
-    ``texts``, ``targets``: prompts and answers, in no document.
+    ``each``: of each fact, how many of how many prompts, a figure. ``texts``, ``targets``,
+    ``replies``: prompts, answers and what the model says, in documents only on demand.
     """
 
     facts: int
@@ -83,12 +86,15 @@ class EvaluationReport:
     changed: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     lm_eval: Mapping[str, Any] | None = None
     format: str = "jsonl"
+    each: Mapping[str, Mapping[str, Sequence[tuple[int, int]]]] = field(default_factory=dict)
     texts: tuple[str, ...] = field(default=(), repr=False)
     targets: tuple[str, ...] = field(default=(), repr=False)
+    replies: Mapping[str, Sequence[str]] = field(default_factory=dict, repr=False)
 
-    def as_dict(self) -> dict[str, Any]:
-        """The document of ``patcher evaluate --json``."""
-        return {
+    def as_dict(self, *, with_texts: bool = False) -> dict[str, Any]:
+        """The document of ``patcher evaluate --json``; ``with_texts`` adds the facts' texts."""
+        more = {"texts": self._texts()} if with_texts else {}
+        return more | {
             "facts": self.facts,
             "known": self.known,
             "base": self.base.as_dict(),
@@ -105,4 +111,16 @@ class EvaluationReport:
             "skipped": dict(self.skipped),
             "changed": dict(self.changed),
             "lm_eval": self.lm_eval,
+            "each": {
+                side: {name: [list(one) for one in outcomes] for name, outcomes in figures.items()}
+                for side, figures in self.each.items()
+            },
+            "definitions": definitions_of(self.probes),
         }
+
+    def _texts(self) -> list[dict[str, Any]]:
+        return [
+            {"prompt": text, "target": target}
+            | {f"{side} says": said[i] for side, said in self.replies.items()}
+            for i, (text, target) in enumerate(zip(self.texts, self.targets, strict=True))
+        ]

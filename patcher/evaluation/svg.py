@@ -72,9 +72,30 @@ def axis(title: str, values: Sequence[float], *, zero: bool = False) -> Axis:
     return Axis(title, low if zero and low == 0 else low - room, high + room)
 
 
-def plane(x: Axis, y: Axis, points: Sequence[Point], *, diagonal: bool = False) -> str:
-    """A scatter plot; ``diagonal``: the line where both are equal."""
+@dataclass(frozen=True)
+class Track:
+    """A line through ``(x, y)`` in their order; ``name`` stands in the legend, if any."""
+
+    name: str
+    kind: str
+    places: Sequence[tuple[float, float]] = ()
+
+
+def plane(
+    x: Axis,
+    y: Axis,
+    points: Sequence[Point],
+    *,
+    diagonal: bool = False,
+    tracks: Sequence[Track] = (),
+) -> str:
+    """A scatter plot with lines; ``diagonal``: the line where both are equal."""
     parts = _frame(x, y)
+    for track in tracks:
+        if len(track.places) > 1:
+            line = " ".join(f"{_x(x, a):.1f},{_y(y, b):.1f}" for a, b in track.places)
+            kind = escape(track.kind, quote=True)
+            parts.append(f'<polyline class="track {kind}" points="{line}"/>')
     if diagonal:
         low, high = max(x.low, y.low), min(x.high, y.high)
         if low < high:
@@ -97,8 +118,21 @@ def plane(x: Axis, y: Axis, points: Sequence[Point], *, diagonal: bool = False) 
             f"<title>{escape(point.label)}</title></circle>"
         )
         if point.name:
-            parts.append(_text(across + 8, up - 8, point.name, "start"))
-    return _svg(WIDTH, HEIGHT, f"{y.title} against {x.title}", parts)
+            beside = across < WIDTH - 110
+            parts.append(
+                _text(
+                    across + (8 if beside else -8), up - 8, point.name, "start" if beside else "end"
+                )
+            )
+    named = [track for track in tracks if track.name]
+    for row, track in enumerate(named):
+        at = HEIGHT + BAR * (row // 2) + 8
+        left = LEFT + (WIDTH - LEFT) / 2 * (row % 2)
+        kind = escape(track.kind, quote=True)
+        parts.append(f'<circle class="{kind}" cx="{left:.1f}" cy="{at}" r="5"/>')
+        parts.append(_text(left + 12, at + 4, track.name, "start"))
+    height = HEIGHT + BAR * math.ceil(len(named) / 2)
+    return _svg(WIDTH, height, f"{y.title} against {x.title}", parts)
 
 
 def bars(title: str, rows: Sequence[Bar]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...errors import UsageError
 from ...unlearn.progress import Progress
-from . import attacks, generated, kin, lens, likelihood, quantise, relearn, truth
+from . import attacks, generated, kin, layers, lens, likelihood, quantise, relearn, truth
 from .setting import Asked, CanNotAskError, Probe, Setting
 
 __all__ = ["PROBES", "Asked", "Probe", "Setting", "askable", "choose_probes", "looked", "told"]
@@ -24,6 +24,7 @@ PROBES: Mapping[str, Probe] = {
     "multihop": attacks.MULTIHOP,
     "truth": truth.TRUTH,
     "lens": lens.LENS,
+    "layers": layers.LAYERS,
     "same_relation": kin.SAME_RELATION,
     "same_subject": kin.SAME_SUBJECT,
     "quantise": quantise.QUANTISE,
@@ -74,13 +75,18 @@ def askable(
     return ready, why
 
 
-def looked(setting: Setting, probes: Mapping[str, Probe], progress: Progress) -> dict[str, Any]:
-    """What each probe finds on the weights as they are now."""
+def looked(
+    setting: Setting, probes: Mapping[str, Probe], progress: Progress, *, base: bool
+) -> dict[str, Any]:
+    """What each probe finds on the weights as they are now; None for what the base alone is asked.
+
+    ``base``: whether they are the base's.
+    """
     found: dict[str, Any] = {}
     if probes:
-        progress.start("Probing", len(probes))
+        progress.start("Probing the base" if base else "Probing the patched", len(probes))
         for number, (name, probe) in enumerate(probes.items(), 1):
-            found[name] = probe.look(setting)
+            found[name] = probe.look(setting) if base or not probe.once else None
             progress.step(number, name)
         progress.finish()
     return found

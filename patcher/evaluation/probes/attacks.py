@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Any
 
 from ...unlearn.prompts import encode
-from ..asking import Pair, judge
+from ..asking import Pair, fits, judge
 from ..intervals import Outcome, of_facts, share
 from .setting import CanNotAskError, Probe, Setting, always, both_sides, reworded
 
@@ -65,7 +65,7 @@ def _has_hops(setting: Setting) -> None:
 
 def _look_hops(setting: Setting) -> Found:
     """Of each fact, whether each question is answered with one of its old answers."""
-    tokenizer, most = setting.model.tokenizer, setting.model.max_tokens
+    model, tokenizer = setting.model, setting.model.tokenizer
     pairs: list[list[list[Pair]]] = [
         [
             [encode(tokenizer, hop["prompt"], target) for target in hop["targets"]]
@@ -73,14 +73,8 @@ def _look_hops(setting: Setting) -> Found:
         ]
         for asked in setting.facts
     ]
-    fitting = [
-        [
-            [p for p in hop if p[1] and (most is None or len(p[0]) + len(p[1]) <= most)]
-            for hop in row
-        ]
-        for row in pairs
-    ]
-    judged = judge(setting.model, [p for row in fitting for hop in row for p in hop])
+    fitting = [[[pair for pair in hop if fits(model, pair)] for hop in row] for row in pairs]
+    judged = judge(model, [p for row in fitting for hop in row for p in hop])
     said = iter(one.answered for one in judged)
     # A question counts where one of its answers does.
     return [[any(list(islice(said, len(hop)))) for hop in row if hop] for row in fitting]

@@ -18,7 +18,8 @@ from .setting import Asked, CanNotAskError, Probe, Setting, always, both_sides
 
 REPLY = 32  # tokens of a reply in chat form
 SAMPLES = 20  # a fact
-SAMPLED = 12  # tokens of a sample, and of what the model says instead
+SAMPLED = 12  # tokens of a sample, and of what the model says instead; more for long answers
+LONGEST = 64
 CHAT_FORMS = (
     "{}",
     "Finish this statement. Reply with the missing words only: {}",
@@ -70,7 +71,7 @@ def _chat_summary(setting: Setting, found: Found) -> dict[str, Any]:
 def _sampling(setting: Setting) -> list[int]:
     """Of each fact, how many of :data:`SAMPLES` sampled texts say the answer."""
     prompts = [asked.encoded.prompt for asked in setting.facts]
-    texts = sampled(setting.model, prompts, SAMPLED, SAMPLES, setting.seed)
+    texts = sampled(setting.model, prompts, length(setting), SAMPLES, setting.seed)
     return [
         sum(stands_in(spoken(setting.model, one), asked.fact.target) for one in own)
         for asked, own in zip(setting.facts, texts, strict=True)
@@ -80,7 +81,7 @@ def _sampling(setting: Setting) -> list[int]:
 def _sampling_summary(setting: Setting, hits: list[int]) -> dict[str, Any]:
     return {
         "samples": SAMPLES,
-        "tokens": SAMPLED,
+        "tokens": length(setting),
         "mean_of_samples": fmean(hits),
         "facts": of_facts([hit > 0 for hit in hits], setting.seed).as_dict(),
         "texts": share([(hit, SAMPLES) for hit in hits], setting.seed).as_dict(),
@@ -95,15 +96,17 @@ def sampled(
     """``count`` continuations of each prompt, drawn at temperature 1 from all of the vocabulary.
 
     Not by ``generate``, which takes what it isn't told from the checkpoint's own
-    settings. Prompts of one length go together, so that nothing is padded.
+    settings. Prompts of one length go together, so that nothing is padded. A text ends
+    where the model takes no more.
     """
     draw = torch.Generator(model.device).manual_seed(seed)
     result: list[list[list[int]]] = [[] for _ in prompts]
-    for length in sorted({len(prompt) for prompt in prompts}):
-        alike = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
-        for group in batches([length * count] * len(alike), 4 * TOKENS):
+    for size in sorted({len(prompt) for prompt in prompts}):
+        alike = [i for i, prompt in enumerate(prompts) if len(prompt) == size]
+        room = tokens if model.max_tokens is None else min(tokens, model.max_tokens - size)
+        for group in batches([size * count] * len(alike), 4 * TOKENS):
             ids = torch.tensor([list(prompts[alike[j]]) for j in group], device=model.device)
-            texts = _drawn(model, ids.repeat_interleave(count, 0), tokens, draw).tolist()
+            texts = _drawn(model, ids.repeat_interleave(count, 0), room, draw).tolist()
             for row, j in enumerate(group):
                 result[alike[j]] = texts[row * count : (row + 1) * count]
     return result
@@ -122,15 +125,23 @@ def _drawn(model: Model, ids: torch.Tensor, tokens: int, draw: torch.Generator) 
     return torch.cat(found, 1)
 
 
+def length(setting: Setting) -> int:
+    """Tokens of a text: enough for the longest answer and a word before it."""
+    longest = max(len(asked.encoded.answer) for asked in setting.facts)
+    return max(SAMPLED, min(longest + 4, LONGEST))
+
+
 def _instead(setting: Setting) -> list[str]:
-    """Of each fact, the kind of what is said: ``nothing``, ``answer``, ``alike``, ``other``."""
+    """Of each fact, the text that follows its prompt greedily."""
+    model, tokens = setting.model, length(setting)
     prompts = [asked.encoded.prompt for asked in setting.facts]
-    texts = continuations(setting.model, prompts, SAMPLED)
-    others = _answers_by_relation(setting)
-    return [
-        kind_of(spoken(setting.model, ids), asked.fact.target, others[asked.relation])
-        for asked, ids in zip(setting.facts, texts, strict=True)
-    ]
+    short = [i for i, prompt in enumerate(prompts) if not _room(model, prompt, tokens)]
+    full = [i for i in range(len(prompts)) if i not in set(short)]
+    texts = dict(zip(full, continuations(model, [prompts[i] for i in full], tokens), strict=True))
+    for i in short:  # near the end of the context: as much as there is room for
+        room = (model.max_tokens or tokens) - len(prompts[i])
+        texts[i] = continuations(model, [prompts[i]], room)[0]
+    return [spoken(model, texts[i]) for i in range(len(prompts))]
 
 
 def kind_of(reply: str, answer: str, others: set[str]) -> str:
@@ -151,12 +162,18 @@ def _answers_by_relation(setting: Setting) -> dict[str, set[str]]:
     return found
 
 
-def _instead_summary(setting: Setting, kinds: list[str]) -> dict[str, Any]:
+def _instead_summary(setting: Setting, texts: list[str]) -> dict[str, Any]:
+    others = _answers_by_relation(setting)
+    kinds = [
+        kind_of(text, asked.fact.target, others[asked.relation])
+        for asked, text in zip(setting.facts, texts, strict=True)
+    ]
     shares = {
         kind: of_facts([one == kind for one in kinds], setting.seed).as_dict()
         for kind in ("nothing", "answer", "alike", "other")
     }
-    return {"tokens": SAMPLED, **shares}
+    comparable = sum(len(others[asked.relation]) > 1 for asked in setting.facts)
+    return {"tokens": length(setting), **shares, "comparable": comparable, "each": kinds}
 
 
 CHAT = Probe(_chat_ready, _chat, both_sides(_chat_summary))

@@ -86,17 +86,21 @@ def _states(model: Model, sequences: list[list[int]]) -> tuple[list[torch.Tensor
 
 
 def _summary(setting: Setting, ranks: Ranks) -> dict[str, Any]:
-    """Over the layers from the first edited one on; over all without an edit."""
+    """Shares over the layers from the first edited one on (over all without an edit).
+
+    ``layers``: the share in the top ten at each layer of all.
+    """
     first = min(setting.edited, default=0)
     best = [min(row[first:]) for row in ranks]
-    layers = range(first, len(ranks[0]))
+    layers = range(len(ranks[0]))
     return {
         "from_layer": first,
         "top_1": of_facts([rank == 1 for rank in best], setting.seed).as_dict(),
         "top_10": of_facts([rank <= NEAR for rank in best], setting.seed).as_dict(),
-        "top_10_by_layer": {
-            str(layer): sum(row[layer] <= NEAR for row in ranks) for layer in layers
-        },
+        "layers": [
+            of_facts([row[layer] <= NEAR for row in ranks], setting.seed).as_dict()
+            for layer in layers
+        ],
     }
 
 

@@ -116,14 +116,21 @@ def _tell(setting: Setting, base: Curve, patched: Curve) -> dict[str, Any]:
 def _summary(setting: Setting, curve: Curve) -> dict[str, Any]:
     steps = sorted(curve)
     full = next((step for step in steps if all(curve[step][0])), None)
-    before, after = curve[steps[0]][1], curve[steps[-1]][1]
-    gone = [now for was, now in zip(before, after, strict=True) if not was]
+    before = curve[steps[0]][1]
+    back = {
+        step: [now for was, now in zip(before, curve[step][1], strict=True) if not was]
+        for step in steps
+    }
     return {
         "steps": steps,
         "taught": [of_facts(curve[step][0], setting.seed).as_dict() for step in steps],
         "held_out": [of_facts(curve[step][1], setting.seed).as_dict() for step in steps],
         "steps_until_taught": full,
-        "came_back": of_facts(gone, setting.seed).as_dict(),
+        "steps_until_first_back": next((step for step in steps if any(back[step])), None),
+        "steps_until_half_back": next(
+            (s for s in steps if 0 < len(back[s]) <= 2 * sum(back[s])), None
+        ),
+        "came_back": of_facts(back[steps[-1]], setting.seed).as_dict(),
     }
 
 

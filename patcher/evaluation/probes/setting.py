@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ...unlearn.facts import Fact
+from ...unlearn.forward import Edit
 from ...unlearn.models import Model
 from ...unlearn.prompts import Encoded, encode, render
 from ...unlearn.subject import guess
-from ..asking import Pair
+from ..asking import Pair, fits
 
 Row = Mapping[str, Any]
 
@@ -56,7 +57,7 @@ class Setting:
 
     ``facts``: those to be forgotten. ``retain``: those of the file of others; ``stay``:
     those of them that the base knows. ``edited``: the layers that the patches change,
-    empty without patches.
+    empty without patches. ``edits``: the patches' deltas, the bottom of the stack first.
     """
 
     model: Model
@@ -65,6 +66,7 @@ class Setting:
     stay: Sequence[Asked]
     edited: tuple[int, ...]
     seed: int = 0
+    edits: Sequence[Edit] = ()
 
 
 class Probe(NamedTuple):
@@ -72,12 +74,14 @@ class Probe(NamedTuple):
 
     ``ready``: raises :class:`CanNotAskError` where it can't be asked. ``look``: run on
     the weights as they are; what it gives is handed to ``tell``, from before and after,
-    which makes the document.
+    which makes the document. ``once``: ``look`` is run on the base's weights alone, and
+    ``tell`` gets None for those after.
     """
 
     ready: Callable[[Setting], None]
     look: Callable[[Setting], Any]
     tell: Callable[[Setting, Any, Any], dict[str, Any]]
+    once: bool = False
 
 
 def always(setting: Setting) -> None:
@@ -110,5 +114,4 @@ def reworded(asked: Asked, model: Model, wording: str) -> Pair | None:
         last = max(i for i, message in enumerate(messages) if message["role"] == "user")
         messages[last]["content"] = text
         pair = encode(model.tokenizer, render(model.tokenizer, messages), fact.target, chat=True)
-    fits = model.max_tokens is None or len(pair[0]) + len(pair[1]) <= model.max_tokens
-    return pair if fits else None
+    return pair if fits(model, pair) else None

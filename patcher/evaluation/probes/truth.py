@@ -7,7 +7,7 @@ from statistics import fmean, median
 from typing import Any, NamedTuple
 
 from ...unlearn.prompts import encode
-from ..asking import Judged, judge
+from ..asking import Judged, fits, judge
 from ..intervals import of_facts
 from .setting import CanNotAskError, Probe, Setting, both_sides
 
@@ -29,19 +29,19 @@ def _ready(setting: Setting) -> None:
 
 def _look(setting: Setting) -> list[Nats]:
     """Of each fact that has wrong answers."""
-    tokenizer, most = setting.model.tokenizer, setting.model.max_tokens
+    model = setting.model
     pairs, sizes = [], []
     for asked in setting.facts:
         wrong = asked.row.get("wrong")
         if not wrong or asked.fact.prompt is None:
             continue
         answers = [asked.fact.target, asked.row.get("restated") or asked.fact.target, *wrong]
-        own = [encode(tokenizer, asked.fact.prompt, text) for text in answers]
-        if most is not None and max(len(p) + len(a) for p, a in own) > most:
+        own = [encode(model.tokenizer, asked.fact.prompt, text) for text in answers]
+        if not all(fits(model, pair) for pair in own):
             continue
         pairs += own
         sizes.append(len(wrong))
-    judged = iter(judge(setting.model, pairs))
+    judged = iter(judge(model, pairs))
     found = []
     for size in sizes:
         right, restated = _nats(next(judged)), _nats(next(judged))
