@@ -10,18 +10,28 @@ FROM = 0.1  # of the depth: where a subject's tokens have been read and little i
 COUNT = 3  # several layers share the change, each one's part is small
 
 
+def is_auto(wish: str | Sequence[int]) -> bool:
+    """Whether the layers are to be found (:mod:`patcher.unlearn.tracing`)."""
+    return isinstance(wish, str) and wish.strip().lower() == "auto"
+
+
+def by_depth(layers: int) -> list[int]:
+    """Three in a row from a tenth of the depth: where nothing can be measured."""
+    first = min(round(FROM * layers), max(0, layers - COUNT))
+    return list(range(first, min(first + COUNT, layers)))
+
+
 def choose_layers(wish: str | Sequence[int], layers: int) -> list[int]:
     """Zero-based layers, ascending, of a model that has ``layers`` of them.
 
-    ``auto``: three in a row from a tenth of the depth (3, 4, 5 of 30); fewer in a
-    model of fewer layers. Otherwise ``"9,10,11"`` or a sequence of numbers.
+    ``auto``: :func:`by_depth`, which :mod:`patcher.unlearn.tracing` replaces once the
+    facts have been looked at. Otherwise ``"9,10,11"`` or a sequence of numbers.
 
     Raises:
         UsageError: not numbers, out of range, twice the same, none.
     """
-    if isinstance(wish, str) and wish.strip().lower() == "auto":
-        first = min(round(FROM * layers), max(0, layers - COUNT))
-        return list(range(first, min(first + COUNT, layers)))
+    if is_auto(wish):
+        return by_depth(layers)
     try:
         if isinstance(wish, str):
             chosen = [int(part) for part in wish.split(",")]
