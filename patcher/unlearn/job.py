@@ -44,6 +44,7 @@ class Settings:
     as_published: bool = False  # `zero` as the paper's code computes it
     orthogonal: bool = False  # `zero` with the paper's orthogonality, on the facts' inputs
     augment: bool = False  # learn from the file's other wordings and generated prefixes too
+    layers_by: str = "choice"  # the owner's; or found by `evidence`, or by `depth`
 
 
 @dataclass(frozen=True)

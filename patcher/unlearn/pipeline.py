@@ -20,7 +20,7 @@ from .facts import Fact, Source, read_facts
 from .forward import answered
 from .job import Job, Outcome, Settings
 from .journal import Journal
-from .layers import choose_layers
+from .layers import choose_layers, is_auto
 from .models import Model, load
 from .progress import Progress, Silent
 from .prompts import Encoded, encode_facts
@@ -28,6 +28,7 @@ from .reference import Probe, reference_text, shipped_probes, windows, without
 from .registry import method as find_method
 from .stacking import Named, forgotten_before, lower_patches, read_earlier, stacked
 from .statistics import cache_folder
+from .tracing import with_chosen_layers
 
 HELD_OUT = 128  # probes that the statistics don't see: the check asks them
 CHECKED_TOKENS = 1024  # of the reference text, after those that the statistics are taken from
@@ -178,6 +179,8 @@ def compute(
         job, asked = _job(loaded, chosen, settings, text, kept, cache, teller)
         job = replace(job, earlier=forgotten_before(loaded, before, chosen.facts))
         asked = replace(asked, earlier=job.earlier)
+        if is_auto(layers):
+            job = with_chosen_layers(job, chosen.known)
         job = replace(job, journal=_journal(job, method))
         if not resume:
             job.journal.clear()
