@@ -1,167 +1,193 @@
-"""How well a patch forgets and how much it leaves alone, on facts that the model knows.
+"""How well every method forgets and how much it leaves alone, on facts that the model knows.
 
-    python bench/quality.py --facts 20 --seed 0 --part unseen --data DIR
+    python bench/quality.py --data DIR                          every method, 10, 50, 200 facts
+    python bench/quality.py --data DIR --methods zero "zero --augment" --facts 50 --seed 0
+    python bench/quality.py --data DIR --stacked                ten patches of five facts each
+    python bench/quality.py --render                            docs/results.md from what is there
 
-Draws half of the facts from CounterFact and half from ``world.jsonl`` (known ones,
-one a subject, none with its answer in the prompt), computes a patch of them, and asks
-for 50 and 100 others (fewer where there are no more). ``--part`` splits the subjects
-in two by their SHA-256: what was tuned was tuned on ``tuning`` alone. DIR is laid out
-as the project's data; ``tests/data`` works too, with fewer facts.
+Every run is one line of ``bench/results/quality.jsonl``, with its settings and the commit;
+one that is there is not run again (``--again`` does). A method is a name of ``patcher
+methods``, followed by options of ``patcher.compute`` as on the command line. DIR is laid
+out as the project's data; ``tests/data`` works too, with fewer facts. ``--part`` splits
+the subjects in two by their SHA-256: what was tuned was tuned on ``tuning`` alone.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
+import itertools
 import json
-import random
-import tempfile
+import shlex
+import subprocess
+import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from patcher.evaluation import evaluate
-from patcher.unlearn import compute
-from patcher.unlearn.facts import read_facts
-from patcher.unlearn.forward import answered
-from patcher.unlearn.models import Model, load
-from patcher.unlearn.prompts import encode_fact
+from apart import ApartError, apart, machine
+from quality_draws import PARTS, Draw, draw, read, shipped_subjects, split
+from quality_page import Line, key, lines_of, write_page
+from quality_run import Base, ask, computing, edits_of, revert_each
+
+from patcher.errors import PatcherError
+from patcher.unlearn.registry import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
-Row = dict[str, Any]
+RESULTS = ROOT / "bench/results/quality.jsonl"
+PAGE = ROOT / "docs/results.md"
+VARIANTS = ("zero --as-published", "zero --orthogonal")
+PATCHES, EACH = 10, 5  # of a stack
 
 
-def rows_of(folder: Path) -> tuple[list[Row], list[Row], list[list[str]], Path]:
-    """CounterFact's rows, the world's, the wordings, the text for perplexity."""
-
-    def lines(name: str) -> list[Row]:
-        return [json.loads(line) for line in (folder / name).read_text("utf-8").splitlines()]
-
-    wordings = json.loads((folder / "templates.json").read_text("utf-8"))
-    if (folder / "facts.jsonl").exists():
-        rows = lines("facts.jsonl")
-        counterfact = [row for row in rows if "relation" not in row]
-        return counterfact, [r for r in rows if "relation" in r], wordings, folder / "ppl.txt"
-    text = folder / "wikitext_ppl.txt"
-    return lines("counterfact.jsonl"), lines("world.jsonl"), wordings, text
+def options_of(method: str) -> dict[str, Any]:
+    """``compute``'s arguments: ``zero --as-published --target eos`` and the like."""
+    name, *words = shlex.split(method)
+    found: dict[str, Any] = {"method": name}
+    for i, word in enumerate(words):
+        if word.startswith("--"):
+            value = words[i + 1] if i + 1 < len(words) else "--"
+            found[word[2:].replace("-", "_")] = True if value.startswith("--") else value
+    return found
 
 
-def in_part(row: Row, part: str) -> bool:
-    half = hashlib.sha256(row["subject"].encode()).digest()[0] % 2
-    return part == "all" or half == ("tuning", "unseen").index(part)
-
-
-def known(model: Model, rows: list[Row]) -> list[Row]:
-    """Rows that the model answers; one a subject; the answer not in the prompt."""
-    seen: set[str] = set()
-    fit = []
-    for row in rows:
-        if row["subject"] not in row["prompt"]:  # two of the world's: "Czechia"
-            continue
-        if row["subject"] not in seen and row["target"].lower() not in row["prompt"].lower():
-            seen.add(row["subject"])
-            fit.append(row)
-    coded = [encode_fact(model.tokenizer, fact) for fact in read_facts(fit)]
-    said = answered(model, [(fact.prompt, fact.answer) for fact in coded])
-    return [row for row, yes in zip(fit, said, strict=True) if yes]
-
-
-def with_wordings(row: Row, groups: list[list[str]]) -> Row:
-    """The row with the wordings of its template's group as paraphrases."""
-    template = row["prompt"].replace(row["subject"], "{}")
-    more = [
-        wording.replace("{}", row["subject"])
-        for group in groups
-        if template in group
-        for wording in group
-        if wording != template
-    ]
-    return {**row, "paraphrases": [*row.get("paraphrases", []), *more]}
-
-
-def draw(
-    counterfact: list[Row], world: list[Row], facts: int, seed: int
-) -> tuple[list[Row], list[Row], list[Row]]:
-    """Facts to be forgotten, CounterFact's others, the world's others."""
-    order = random.Random(seed)
-    first = order.sample(counterfact, len(counterfact))
-    second = order.sample(world, len(world))
-    n = min(facts // 2, len(first) // 2)
-    forget = first[:n] + second[: facts - n]
-    own = {row["subject"] for row in forget}
-    others = [row for row in first[n:] if row["subject"] not in own][:50]
-    return forget, others, [r for r in second[facts - n :] if r["subject"] not in own][:100]
-
-
-def one(args: argparse.Namespace, seed: int, pools: Any) -> None:
-    counterfact, world, wordings, text = pools
-    forget, cf, others = draw(counterfact, world, args.facts, seed)
-    forget = [with_wordings(row, wordings) for row in forget]
-    extra: dict[str, Any] = {"layers": args.layers, "target": args.target}
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "patch.st")
-        excerpt = Path(folder, "text")
-        excerpt.write_text(text.read_text("utf-8")[: args.characters], "utf-8")
-        begun = time.monotonic()
-        result = compute(args.model, forget, file, seed=seed, **extra)
-        seconds = time.monotonic() - begun
-        report = {
-            name: evaluate(
-                args.model,
-                patches=[file],
-                forget=forget,
-                retain=rows,
-                ppl=excerpt if last else None,
-            )
-            for name, rows, last in (("counterfact", cf, False), ("world", others, True))
+def plan(args: argparse.Namespace) -> Iterator[Line]:
+    """The runs that are asked for, as the heads of their lines."""
+    kind = f"{PATCHES} patches" if args.stacked else "one patch"
+    counts = [PATCHES * EACH] if args.stacked else args.facts
+    for seed, asked, method in itertools.product(args.seed, counts, args.methods):
+        yield {
+            "kind": kind,
+            "method": method,
+            "asked": asked,
+            "seed": seed,
+            "part": args.part,
+            "model": Path(args.model).name,
         }
-    main = report["world"]
-    kept = {name: r.patched.retained for name, r in report.items()}
-    total = sum(c.yes for c in kept.values()) / max(1, sum(c.of for c in kept.values()))
-    # The acceptance mixes one third CounterFact with two thirds of the world.
-    mixed = (kept["counterfact"].fraction or 0) / 3 + (kept["world"].fraction or 0) * 2 / 3
+
+
+def run(base: Base, head: Line, drawn: Draw, args: argparse.Namespace) -> Line:
+    """The line of one run.
+
+    Raises:
+        ApartError: computing failed.
+        PatcherError: the patched model can't be measured.
+    """
+    stacked = head["kind"] != "one patch"
+    lots = split(drawn, PATCHES, head["seed"]) if stacked else [drawn.forget]
+    options = {"seed": head["seed"], **options_of(head["method"])}
+    done = apart(computing, args.model, lots, options, limit=args.limit)
+    edits = edits_of(done.result)
     line = {
-        "facts": len(forget),
-        "seed": seed,
-        "part": args.part,
-        "answered": main.patched.efficacy.yes,
-        "leaked": result.evaluation["leaked"]["patched"],
-        **{f"kept_{name}": f"{c.yes}/{c.of}" for name, c in kept.items()},
-        "kept": round(total, 4),
-        "kept_third": round(mixed, 4),
-        "perplexity": round((main.patched.perplexity or 0) / (main.base.perplexity or 1), 4),
-        "paraphrases": f"{main.patched.generalization.yes} (base "
-        f"{main.base.generalization.yes}) of {main.base.generalization.of}",
-        "neighbours": f"{main.patched.specificity.yes} (base "
-        f"{main.base.specificity.yes}) of {main.base.specificity.of}",
-        "bytes": result.bytes,
-        "seconds": round(seconds, 1),
+        **head,
+        "facts": len(drawn.forget),
+        **ask(base, drawn, edits),
+        "seconds": round(done.seconds, 1),
+        "bytes": sum(map(len, done.result.patches)),
+        "peak_bytes": done.peak,
+        "resting_bytes": done.resting,
+        "settings": done.result.hyperparameters[0],
     }
-    print(json.dumps(line), flush=True)
+    if stacked:
+        line["reverted"] = revert_each(base, lots, edits)
+    return line
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=str(ROOT / ".models/smollm2-135m-instruct"))
-    parser.add_argument("--data", type=Path, default=ROOT / "tests/data")
-    parser.add_argument("--facts", type=int, default=20)
-    parser.add_argument("--seed", type=int, nargs="+", default=[0])
-    parser.add_argument("--part", choices=("tuning", "unseen", "all"), default="all")
-    parser.add_argument("--layers", default="auto")
-    parser.add_argument("--characters", type=int, default=24_000, help="of the perplexity's text")
-    parser.add_argument("--target", default="suppress")
-    args = parser.parse_args()
-    counterfact, world, wordings, text = rows_of(args.data)
-    model = load(args.model)
-    pools = [
-        known(model, [row for row in rows if in_part(row, args.part)])
-        for rows in (counterfact, world)
-    ]
-    del model
-    print(json.dumps({"known": [len(pool) for pool in pools]}), flush=True)
-    for seed in args.seed:
-        one(args, seed, (*pools, wordings, text))
+def commit() -> str:
+    """The tool's commit; with a ``+`` where the package was changed since."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    return (git("rev-parse", "--short", "HEAD") or "none") + (
+        "+" if git("status", "--porcelain", "--", "patcher", "kernels") else ""
+    )
+
+
+def append(path: Path, line: Line) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line, sort_keys=True) + "\n")
+
+
+def measure(args: argparse.Namespace) -> int:
+    """All runs that are not there yet; how many failed."""
+    begun = time.monotonic()
+    there = {key(line) for line in lines_of(args.results) if "failed" not in line}
+    data = read(args.data)
+    heads = [{**head, "data": data.digest} for head in plan(args)]
+    todo = [head for head in heads if args.again or key(head) not in there]
+    print(f"{len(todo)} runs of {len(heads)} to do", flush=True)
+    if not todo:
+        return 0
+    base = Base(args.model, data, args.characters)
+    pools = base.known(args.part)
+    known = [len(pool) for pool in pools]
+    shipped = shipped_subjects()
+    failed = 0
+    for done, head in enumerate(todo):
+        if time.monotonic() - begun > args.budget:
+            print(f"budget spent; {len(todo) - done} runs are left", flush=True)
+            break
+        drawn = draw(*pools, head["asked"], head["seed"], shipped)
+        try:
+            line = run(base, head, drawn, args)
+        except (ApartError, PatcherError) as error:
+            line = {**head, "failed": str(error)}
+            failed += 1
+        where = {"commit": commit(), "machine": machine(), "known": known}
+        append(args.results, {**line, **where})
+        print(told(line), flush=True)
+    return failed
+
+
+def told(line: Line) -> str:
+    """A run in one line for people."""
+    head = f"{line['method']} · {line['asked']} facts · seed {line['seed']} · {line['kind']}: "
+    if "failed" in line:
+        return f"{head}failed: {line['failed']}"
+    shares = "  ".join(
+        f"{name} {yes}/{of}"
+        for name, counts in line["figures"].items()
+        for yes, of in [totals(counts)]
+    )
+    ratio = line["perplexity"]["patched"] / line["perplexity"]["base"]
+    return f"{head}{shares}  perplexity × {ratio:.4f}  {line['seconds']} s"
+
+
+def totals(counts: dict[str, int]) -> tuple[int, int]:
+    split_ = [(int(y), int(o), n) for k, n in counts.items() for y, o in [k.split("/")]]
+    return sum(y * n for y, _, n in split_), sum(o * n for _, o, n in split_)
+
+
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--model", default=str(ROOT / ".models/smollm2-135m-instruct"))
+    add("--data", type=Path, default=ROOT / "tests/data")
+    add("--methods", nargs="+", default=[*METHODS, *VARIANTS], metavar="METHOD")
+    add("--facts", type=int, nargs="+", default=[10, 50, 200])
+    add("--seed", type=int, nargs="+", default=[0, 1, 2])
+    add("--part", choices=PARTS, default="unseen")
+    add("--stacked", action="store_true", help=f"{PATCHES} patches of {EACH} facts, independent")
+    add("--budget", type=float, default=float("inf"), help="seconds; no run begins after them")
+    add("--limit", type=float, default=None, help="seconds that computing may take, a run")
+    add("--again", action="store_true", help="run what is there, too; the last line counts")
+    add("--characters", type=int, default=24_000, help="of the perplexity's text")
+    add("--results", type=Path, default=RESULTS)
+    add("--render", action="store_true", help="only write docs/results.md and its plots")
+    add("--page", type=Path, default=PAGE)
+    return parser.parse_args(words)
+
+
+def main() -> int:
+    args = parse()
+    if args.render:
+        write_page(lines_of(args.results), args.page, args.part)
+        return 0
+    return 1 if measure(args) else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
