@@ -54,8 +54,9 @@ def test_bounds_of_none_and_all_are_exact_and_have_width() -> None:
 
 
 @pytest.mark.parametrize(
-    ("yes", "of", "low", "high"), [(1, 10, 0.0025, 0.4450), (8, 20, 0.1912, 0.6395), (4, 5, 0.2836, 0.9949)]
-)  # fmt: skip
+    ("yes", "of", "low", "high"),
+    [(1, 10, 0.0025, 0.4450), (8, 20, 0.1912, 0.6395), (4, 5, 0.2836, 0.9949)],
+)
 def test_exact_bounds_are_those_of_the_tables(yes: int, of: int, low: float, high: float) -> None:
     assert exact(yes, of) == pytest.approx((low, high), abs=1e-4)
 

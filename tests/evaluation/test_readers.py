@@ -44,12 +44,43 @@ MQUAKE = {
 }  # fmt: skip
 
 RWKU = [
-    {"subject": "Ada Vell", "level": "1", "query": "Ada Vell was born in ___.", "type": "cloze", "answer": "Norva"},
-    {"subject": "Ada Vell", "level": "1", "query": "Ada Vell's book, ___, sold well.", "type": "cloze", "answer": "Tides"},
-    {"subject": "Ada Vell", "level": "2", "query": "What did Ada Vell study?", "type": "simple question", "answer": "law"},
-    {"subject": "Ada Vell", "level": "3", "query": "Who wrote Tides?", "type": "reverse query", "answer": "Ada Vell"},
-    {"subject": "Ada Vell", "neighbor": "Bo Lint", "level": "2", "query": "Where did Bo Lint live?", "type": "simple question", "answer": "Suda"},
-]  # fmt: skip
+    {
+        "subject": "Ada Vell",
+        "level": "1",
+        "query": "Ada Vell was born in ___.",
+        "type": "cloze",
+        "answer": "Norva",
+    },
+    {
+        "subject": "Ada Vell",
+        "level": "1",
+        "query": "Ada Vell's book, ___, sold well.",
+        "type": "cloze",
+        "answer": "Tides",
+    },
+    {
+        "subject": "Ada Vell",
+        "level": "2",
+        "query": "What did Ada Vell study?",
+        "type": "simple question",
+        "answer": "law",
+    },
+    {
+        "subject": "Ada Vell",
+        "level": "3",
+        "query": "Who wrote Tides?",
+        "type": "reverse query",
+        "answer": "Ada Vell",
+    },
+    {
+        "subject": "Ada Vell",
+        "neighbor": "Bo Lint",
+        "level": "2",
+        "query": "Where did Bo Lint live?",
+        "type": "simple question",
+        "answer": "Suda",
+    },
+]
 
 TOFU = {
     "question": "Where was Ada Vell born?", "answer": "Ada Vell was born in Norva.",
@@ -168,10 +199,26 @@ def broken(record: dict[str, Any], **changes: Any) -> dict[str, Any]:
     ("name", "record", "field"),
     [
         ("counterfact", broken(COUNTERFACT, requested_rewrite="x"), "requested_rewrite: not an"),
-        ("counterfact", broken(COUNTERFACT, requested_rewrite={**REWRITE, "prompt": "The"}), "has no {}"),
-        ("counterfact", broken(COUNTERFACT, requested_rewrite={**REWRITE, "target_true": {}}), "str: missing"),
-        ("counterfact", broken(COUNTERFACT, paraphrase_prompts="x"), "paraphrase_prompts: not a list"),
-        ("counterfact", broken(COUNTERFACT, neighborhood_prompts=[3]), "neighborhood_prompts: neither"),
+        (
+            "counterfact",
+            broken(COUNTERFACT, requested_rewrite={**REWRITE, "prompt": "The"}),
+            "has no {}",
+        ),
+        (
+            "counterfact",
+            broken(COUNTERFACT, requested_rewrite={**REWRITE, "target_true": {}}),
+            "str: missing",
+        ),
+        (
+            "counterfact",
+            broken(COUNTERFACT, paraphrase_prompts="x"),
+            "paraphrase_prompts: not a list",
+        ),
+        (
+            "counterfact",
+            broken(COUNTERFACT, neighborhood_prompts=[3]),
+            "neighborhood_prompts: neither",
+        ),
         ("zsre", broken(ZSRE, src=None), "src: missing"),
         ("zsre", broken(ZSRE, answers="Dov"), "answers: not a list"),
         ("mquake", broken(MQUAKE, requested_rewrite=REWRITE), "requested_rewrite: not a list"),
@@ -179,7 +226,7 @@ def broken(record: dict[str, Any], **changes: Any) -> dict[str, Any]:
         ("rwku", broken(RWKU[0], query=7), "query: not a text"),
         ("tofu", broken(TOFU, perturbed_answer={"a": 1}), "perturbed_answer: not a list"),
     ],
-)  # fmt: skip
+)
 def test_a_record_of_the_wrong_shape_is_named_without_its_text(
     tmp_path: Path, name: str, record: dict[str, Any], field: str
 ) -> None:
