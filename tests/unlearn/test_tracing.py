@@ -5,16 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from patcher.unlearn import compute
 from patcher.unlearn.facts import read_facts
-from patcher.unlearn.forward import answered, as_edit, folded
+from patcher.unlearn.forward import answered
 from patcher.unlearn.job import Job, Settings
-from patcher.unlearn.methods.zero import zero
 from patcher.unlearn.models import Model, load
 from patcher.unlearn.progress import Silent
-from patcher.unlearn.prompts import encode, encode_facts
+from patcher.unlearn.prompts import encode_facts
 from patcher.unlearn.reference import reference_text, shipped_probes, windows, without
 from patcher.unlearn.tracing import Choice, choose_by_evidence
 

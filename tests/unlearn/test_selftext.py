@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from patcher.errors import InputError, ModelError
+from patcher.unlearn.facts import read_facts
+from patcher.unlearn.models import Model, load
+from patcher.unlearn.progress import Silent
+from patcher.unlearn.selftext import circles, self_text
+
+from .test_compute import Recorder
+
+
+@pytest.fixture(scope="module")
+def text(tiny_model: Model) -> str:
+    return self_text(tiny_model, 2000, 3, Silent())
+
+
+def test_it_is_about_as_long_as_asked_and_the_same_again(tiny_model: Model, text: str) -> None:
+    seen = Recorder()
+    assert self_text(tiny_model, 2000, 3, seen) == text
+    assert seen.open == 0
+    assert "Text by the model itself" in seen.steps
+    tokens = len(tiny_model.tokenizer(text, verbose=False).input_ids)
+    assert 1500 < tokens < 6000
+    assert self_text(tiny_model, 2000, 4, Silent()) != text
+
+
+def test_it_names_no_special_token_and_no_subject(tiny_model: Model, text: str) -> None:
+    assert "<end>" not in text
+    pieces = text.split("\n\n")
+    word = pieces[0].split()[0]
+    fact = {"prompt": f"{word} lives in", "subject": word, "target": "Xanadu"}
+    without = self_text(tiny_model, 2000, 3, Silent(), facts=read_facts([fact]))
+    kept = without.split("\n\n")
+    assert len(kept) < len(pieces)
+    assert pieces[0] not in kept
+    assert set(kept) <= set(pieces)
+
+
+def test_it_is_kept_and_a_damaged_one_is_written_again(
+    tiny_model: Model, text: str, tmp_path: Path
+) -> None:
+    seen = Recorder()
+    assert self_text(tiny_model, 2000, 3, seen, cache=tmp_path) == text
+    (file,) = tmp_path.iterdir()
+    assert self_text(tiny_model, 2000, 3, seen, cache=tmp_path) == text
+    assert len(seen.steps) == 1
+    file.write_bytes(b"x" + file.read_bytes())
+    assert self_text(tiny_model, 2000, 3, seen, cache=tmp_path) == text
+    assert len(seen.steps) == 2
+
+
+def test_a_text_that_goes_in_circles_is_known() -> None:
+    assert circles([1, 2, 3, 4] * 20)
+    assert not circles(range(80))
+    assert not circles([1])
+
+
+def test_a_model_that_says_one_word_only_gives_no_text(tiny_folder: Path) -> None:
+    model = load(tiny_folder)
+    model.network.get_output_embeddings().weight.data.zero_()
+    head = model.network.get_output_embeddings()
+    head.bias = torch.nn.Parameter(torch.zeros(head.weight.shape[0]))
+    head.bias.data[7] = 100.0
+    with pytest.raises(InputError, match="no text of its own"):
+        self_text(model, 500, 0, Silent())
+    head.bias.data[7] = float("nan")
+    with pytest.raises(ModelError, match="not finite"):
+        self_text(model, 500, 0, Silent())
