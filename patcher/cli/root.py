@@ -16,6 +16,7 @@ SECTIONS = {
         "compute": "make",
         "evaluate": "measure",
         "inspect": "make",
+        "compare": "compare",
     },
     "Change a running engine": {
         "serve": "serve",

@@ -92,3 +92,18 @@ def test_a_conflict_counts_from_either_side() -> None:
     for order in ([IDS[0], IDS[1]], [IDS[1], IDS[0]]):
         with pytest.raises(StackConflictError, match="conflicts"):
             admit(order, held)
+
+
+def test_what_is_required_goes_only_together_with_what_stands_on_it() -> None:
+    held = {
+        IDS[0]: manifest(),
+        IDS[1]: manifest(requires=[IDS[0]]),
+        IDS[2]: manifest(requires=[IDS[0], IDS[1]]),
+        IDS[3]: manifest(),
+    }
+    assert admit([IDS[0], IDS[3], IDS[1], IDS[2]], held)
+    for left in ([IDS[1], IDS[2]], [IDS[0], IDS[2]], [IDS[3], IDS[2]]):
+        with pytest.raises(StackConflictError, match=r"requires .* together"):
+            admit(left, held)
+    for left in ([IDS[0], IDS[1]], [IDS[0], IDS[3]], [IDS[3]]):
+        assert admit(left, held).ids == tuple(left)
