@@ -15,8 +15,13 @@ from .test_compute import Recorder
 
 
 @pytest.fixture(scope="module")
-def text(tiny_model: Model) -> str:
-    return self_text(tiny_model, 2000, 3, Silent())
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kept")
+
+
+@pytest.fixture(scope="module")
+def text(tiny_model: Model, kept: Path) -> str:
+    return self_text(tiny_model, 2000, 3, Silent(), cache=kept)
 
 
 def test_it_is_about_as_long_as_asked_and_the_same_again(tiny_model: Model, text: str) -> None:
@@ -24,34 +29,30 @@ def test_it_is_about_as_long_as_asked_and_the_same_again(tiny_model: Model, text
     assert self_text(tiny_model, 2000, 3, seen) == text
     assert seen.open == 0
     assert "Text by the model itself" in seen.steps
+    assert "<end>" not in text
     tokens = len(tiny_model.tokenizer(text, verbose=False).input_ids)
     assert 1500 < tokens < 6000
-    assert self_text(tiny_model, 2000, 4, Silent()) != text
 
 
-def test_it_names_no_special_token_and_no_subject(tiny_model: Model, text: str) -> None:
-    assert "<end>" not in text
+def test_it_is_kept_and_names_no_subject(tiny_model: Model, text: str, kept: Path) -> None:
     pieces = text.split("\n\n")
     word = pieces[0].split()[0]
     fact = {"prompt": f"{word} lives in", "subject": word, "target": "Xanadu"}
-    without = self_text(tiny_model, 2000, 3, Silent(), facts=read_facts([fact]))
-    kept = without.split("\n\n")
-    assert len(kept) < len(pieces)
-    assert pieces[0] not in kept
-    assert set(kept) <= set(pieces)
-
-
-def test_it_is_kept_and_a_damaged_one_is_written_again(
-    tiny_model: Model, text: str, tmp_path: Path
-) -> None:
     seen = Recorder()
-    assert self_text(tiny_model, 2000, 3, seen, cache=tmp_path) == text
-    (file,) = tmp_path.iterdir()
-    assert self_text(tiny_model, 2000, 3, seen, cache=tmp_path) == text
-    assert len(seen.steps) == 1
-    file.write_bytes(b"x" + file.read_bytes())
-    assert self_text(tiny_model, 2000, 3, seen, cache=tmp_path) == text
-    assert len(seen.steps) == 2
+    without = self_text(tiny_model, 2000, 3, seen, facts=read_facts([fact]), cache=kept)
+    left = without.split("\n\n")
+    assert len(left) < len(pieces)
+    assert pieces[0] not in left
+    assert set(left) <= set(pieces)
+    assert seen.steps == []
+
+
+def test_a_damaged_one_is_written_again(tiny_model: Model, text: str, kept: Path) -> None:
+    (file,) = kept.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(b"x" + whole)
+    assert self_text(tiny_model, 2000, 3, Silent(), cache=kept) == text
+    assert file.read_bytes() == whole
 
 
 def test_a_text_that_goes_in_circles_is_known() -> None:
