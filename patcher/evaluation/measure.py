@@ -11,10 +11,10 @@ import torch
 
 from ..errors import BaseMismatchError
 from ..patch import Patch, check_module
+from ..unlearn.choosing import choose
 from ..unlearn.facts import Source, read_facts
 from ..unlearn.forward import Edit, answered, folded
 from ..unlearn.models import Model, load
-from ..unlearn.pipeline import choose
 from ..unlearn.progress import Progress, Silent
 from ..unlearn.prompts import encode_facts
 from ..unlearn.reference import read_text

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from ..errors import NumericalError
+from .facts import Fact, unusable
 from .forward import (
     answered,
     as_edit,
@@ -22,11 +24,12 @@ from .forward import (
 )
 from .job import Deltas, Job
 from .models import Model
-from .progress import Progress
 from .prompts import Encoded, encode
 from .reference import Probe
 from .stacking import Earlier, still_forgotten
 from .wishes import GENERATED, leak
+
+Pair = tuple[list[int], list[int]]  # ids of a prompt and of its answer
 
 
 @dataclass(frozen=True)
@@ -34,23 +37,31 @@ class Check:
     """What the check asks beside the facts; none of it is in the statistics but ``keep``.
 
     ``text``: windows of ids. ``probes``: prompts about other subjects. ``keep``: the
-    owner's facts that are to stay. ``earlier``: what is to stay forgotten.
+    owner's facts that are to stay. ``wordings``: of every fact ids of its other wordings,
+    each with its answer. ``neighbours``: the facts' neighbouring prompts, with answers that
+    are to stay. ``earlier``: what is to stay forgotten.
     """
 
     text: Sequence[Sequence[int]]
     probes: Sequence[Probe]
     keep: Sequence[Encoded]
+    wordings: Sequence[Sequence[Pair]] = ()
+    neighbours: Sequence[Pair] = ()
     earlier: Earlier = field(default_factory=Earlier)
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Counts on one set of weights. ``next_tokens``: what the probes are answered with."""
+    """What one set of weights answers, one by one: which facts, wordings, neighbours …
 
-    answered: int
+    ``nats``: a token of the text. ``next_tokens``: what the probes are answered with.
+    """
+
+    answered: tuple[bool, ...]
     leaked: int
-    paraphrases: int
-    kept: int
+    wordings: tuple[tuple[bool, ...], ...]
+    neighbours: tuple[bool, ...]
+    kept: tuple[bool, ...]
     forgotten: int
     nats: float | None
     next_tokens: tuple[int, ...]
@@ -58,91 +69,187 @@ class Figures:
 
 @dataclass(frozen=True)
 class Found:
-    """Figures before and after, and of how many each."""
+    """Figures before and after; ``known``: which facts the model answers without the patch."""
 
     base: Figures
     patched: Figures
-    facts: int
-    known: int
-    paraphrases: int
-    kept: int
+    known: Sequence[bool]
     earlier: int
     dtype: str
+
+    @property
+    def shares(self) -> dict[str, float | None]:
+        """What the bars are measured on, by the bars' names; None: there was nothing to ask.
+
+        Shares are of what the base answers. Specificity is the lower of two: of the facts'
+        neighbours, where there are some, and of the probes whose next token is the same.
+        """
+        before, after = self.base, self.patched
+        near = _kept(before.neighbours, after.neighbours)
+        others = _share([a == b for a, b in self._tokens])
+        both = [share for share in (near, others) if share is not None]
+        return {
+            "max_efficacy": _kept(self.known, after.answered),
+            "max_generalization": _kept(_flat(before.wordings), _flat(after.wordings)),
+            "min_specificity": min(both) if both else None,
+            "max_ppl_ratio": self._rise,
+            "min_retained": _kept(before.kept, after.kept),
+        }
+
+    @property
+    def survivors(self) -> list[int]:
+        """Facts that are still answered."""
+        return [i for i, yes in enumerate(self.patched.answered) if yes]
+
+    @property
+    def worded(self) -> list[int]:
+        """Facts of which another wording is still answered."""
+        return [i for i, own in enumerate(self.patched.wordings) if any(own)]
+
+    @property
+    def _tokens(self) -> list[tuple[int, int]]:
+        return list(zip(self.base.next_tokens, self.patched.next_tokens, strict=True))
+
+    @property
+    def _rise(self) -> float | None:
+        before, after = self.base.nats, self.patched.nats
+        if before is None or after is None:
+            return None
+        return math.exp(min(after - before, 700.0))
 
     def as_dict(self) -> dict[str, Any]:
         """As the manifest keeps it: counts and ratios, no text."""
         before, after = self.base, self.patched
-        same = sum(a == b for a, b in zip(before.next_tokens, after.next_tokens, strict=True))
-        rise = None
-        if before.nats is not None and after.nats is not None:
-            rise = round(math.exp(min(after.nats - before.nats, 700.0)), 5)
+        wordings, rise = _flat(before.wordings), self._rise
         return {
             "dtype": self.dtype,
-            "facts": self.facts,
-            "known": self.known,
-            "answered": after.answered,
-            "leaked": {"patched": after.leaked, "of": self.facts, "tokens": GENERATED},
+            "facts": len(self.known),
+            "known": sum(self.known),
+            "answered": sum(after.answered),
+            "leaked": {"patched": after.leaked, "of": len(self.known), "tokens": GENERATED},
             "paraphrases": {
-                "patched": after.paraphrases,
-                "base": before.paraphrases,
-                "of": self.paraphrases,
+                "patched": sum(_flat(after.wordings)),
+                "base": sum(wordings),
+                "of": len(wordings),
             },
-            "others_unchanged": {"same": same, "of": len(before.next_tokens)},
-            "preserved": {"patched": after.kept, "base": before.kept, "of": self.kept},
+            "neighbours": {
+                "patched": sum(after.neighbours),
+                "base": sum(before.neighbours),
+                "kept": sum(_both(before.neighbours, after.neighbours)),
+                "of": len(before.neighbours),
+            },
+            "others_unchanged": {
+                "same": sum(a == b for a, b in self._tokens),
+                "of": len(self._tokens),
+            },
+            "preserved": {
+                "patched": sum(after.kept),
+                "base": sum(before.kept),
+                "of": len(before.kept),
+            },
             "still_forgotten": {
                 "patched": after.forgotten,
                 "base": before.forgotten,
                 "of": self.earlier,
             },
-            "perplexity_ratio": rise,
+            "perplexity_ratio": None if rise is None else round(rise, 5),
         }
 
 
-def check(
-    job: Job, deltas: Deltas, asked: Check, known: Sequence[bool], *, progress: Progress
-) -> Found:
-    """Measure the model without and with the stored deltas, rounded to the served dtype."""
-    progress.start("Checking as it will be served", 2)
-    wordings = _other_wordings(job)
-    base = _figures(job, asked, wordings, False)
-    progress.step(1)
+def _flat(parts: Sequence[Sequence[bool]]) -> list[bool]:
+    return [one for part in parts for one in part]
+
+
+def _both(before: Sequence[bool], after: Sequence[bool]) -> list[bool]:
+    """Of what was answered before, what is answered after."""
+    return [b for a, b in zip(before, after, strict=True) if a]
+
+
+def _kept(before: Sequence[bool], after: Sequence[bool]) -> float | None:
+    return _share(_both(before, after))
+
+
+def _share(yes: Sequence[bool]) -> float | None:
+    return sum(yes) / len(yes) if yes else None
+
+
+def unpatched(job: Job, asked: Check) -> Figures:
+    """The figures of the model as it is."""
+    job.progress.start("Asking the unpatched model", None)
+    found = _figures(job, asked, False)
+    job.progress.finish()
+    return found
+
+
+def check(job: Job, deltas: Deltas, asked: Check, base: Figures, known: Sequence[bool]) -> Found:
+    """Measure the model with the stored deltas, rounded to the served dtype.
+
+    Args:
+        base: of :func:`unpatched`.
+        known: which facts the model answers without the patch.
+
+    Raises:
+        NumericalError: the patched model's outputs are not finite.
+    """
+    job.progress.start("Checking as it will be served", None)
     with folded(job.model, as_edit(deltas)):
-        patched = _figures(job, asked, wordings, True)
-    progress.step(2)
-    progress.finish()
-    return Found(
-        base,
-        patched,
-        len(job.facts),
-        sum(known),
-        len(wordings),
-        len(asked.keep),
-        asked.earlier.given,
-        job.model.dtype_name,
-    )
+        patched = _figures(job, asked, True)
+    job.progress.finish()
+    return Found(base, patched, known, asked.earlier.given, job.model.dtype_name)
 
 
-def _other_wordings(job: Job) -> list[tuple[list[int], list[int]]]:
-    return [
-        encode(job.model.tokenizer, wording, fact.target)
-        for fact in job.facts
-        for wording in fact.other_wordings
+def wordings_of(
+    tokenizer: Any, facts: Sequence[Fact], max_tokens: int | None
+) -> tuple[list[list[Pair]], list[Pair]]:
+    """Ids of every fact's other wordings, and of all the neighbours that have an answer.
+
+    Raises:
+        ForgetSetError: one has more tokens than the model takes: by line and field.
+    """
+    problems: list[str] = []
+
+    def coded(fact: Fact, name: str, prompt: str, target: str) -> Pair:
+        pair = encode(tokenizer, prompt, target)
+        count = sum(map(len, pair))
+        if max_tokens is not None and count > max_tokens:
+            problems.append(
+                f"line {fact.line}: {name}: {count} tokens; the model takes {max_tokens}"
+            )
+        return pair
+
+    wordings = [
+        [coded(fact, "another wording", text, fact.target) for text in fact.other_wordings]
+        for fact in facts
     ]
+    neighbours = [
+        coded(fact, "locality", fact.locality, fact.locality_target)
+        for fact in facts
+        if fact.locality is not None and fact.locality_target is not None
+    ]
+    if problems:
+        raise unusable(problems)
+    return wordings, neighbours
 
 
-def _figures(
-    job: Job, asked: Check, wordings: list[tuple[list[int], list[int]]], patched: bool
-) -> Figures:
+def _figures(job: Job, asked: Check, patched: bool) -> Figures:
     model = job.model
-    said = answered(model, [(e.prompt, e.answer) for e in job.encoded])
+    said = iter(answered(model, [pair for own in asked.wordings for pair in own]))
+    nats = mean_nats(model, asked.text) if asked.text else None
+    if nats is not None and not math.isfinite(nats):
+        which = "patched model's" if patched else "model's"
+        raise NumericalError(
+            f"The {which} outputs on the reference text are not finite.",
+            "Compute with other settings." if patched else "Give a sound checkpoint.",
+        )
     ids = [model.tokenizer(probe.prompt).input_ids for probe in asked.probes]
     return Figures(
-        answered=sum(said),
+        answered=tuple(answered(model, [(e.prompt, e.answer) for e in job.encoded])),
         leaked=_leaks(job) if patched else 0,
-        paraphrases=sum(answered(model, wordings)),
-        kept=sum(answered(model, [(e.prompt, e.answer) for e in asked.keep])),
+        wordings=tuple(tuple(next(said) for _ in own) for own in asked.wordings),
+        neighbours=tuple(answered(model, asked.neighbours)),
+        kept=tuple(answered(model, [(e.prompt, e.answer) for e in asked.keep])),
         forgotten=still_forgotten(model, asked.earlier),
-        nats=mean_nats(model, asked.text) if asked.text else None,
+        nats=nats,
         next_tokens=tuple(next_tokens(model, ids)),
     )
 

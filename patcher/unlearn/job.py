@@ -43,8 +43,10 @@ class Settings:
     stored: Stored = "BF16"  # what the file holds
     as_published: bool = False  # `zero` as the paper's code computes it
     orthogonal: bool = False  # `zero` with the paper's orthogonality, on the facts' inputs
+    wordings: int = 4  # shipped wordings that a fact is learned in beside its own, at most
     augment: bool = False  # learn from the file's other wordings and generated prefixes too
     layers_by: str = "choice"  # the owner's; or found by `evidence`, or by `depth`
+    goal: float = -7.0  # log-odds that an answer's first token is brought below
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,12 @@ class Job:
     ``text``: windows of ids. ``probes``: prompts about other subjects, with those of the
     facts that the owner wants kept. None of them is about the facts. ``augmented``: of
     every fact other prompts with the same answer that a method may learn from; empty, or
-    one sequence a fact. ``earlier``: what the stack beneath has forgotten, where the owner
+    one sequence a fact. ``reworded``: the same as texts. ``earlier``: what the stack beneath has forgotten, where the owner
     gave it again.
+
+    Of later attempts to keep within bars: ``firmer``, by fact, nats that its goals lie
+    further; ``extra_layers``, edited for those facts alone. ``conditions`` is filled while
+    computing: by layer the condition number of what is preserved.
     """
 
     model: Model
@@ -68,7 +74,11 @@ class Job:
     progress: Progress
     journal: Journal = field(default_factory=Journal)
     augmented: Sequence[Sequence[Encoded]] = ()
+    reworded: Sequence[Fact] = ()
     earlier: Earlier = field(default_factory=Earlier)
+    firmer: Mapping[int, float] = field(default_factory=dict)
+    extra_layers: tuple[int, ...] = ()
+    conditions: dict[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

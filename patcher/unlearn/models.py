@@ -169,7 +169,7 @@ def load(model: str | Path, dtype: str = "auto", device: str = "auto") -> Model:
             incomplete or unreadable.
         UsageError: an unknown dtype or device.
     """
-    where = _place(device)
+    where = place(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise UsageError(f"Unknown dtype {dtype!r}.", f"Choose auto or {', '.join(DTYPES)}.")
     name = _resolve(model)
@@ -185,7 +185,34 @@ def load(model: str | Path, dtype: str = "auto", device: str = "auto") -> Model:
     return loaded
 
 
-def _place(device: str) -> torch.device:
+def outline(model: str | Path) -> Model:
+    """The model's shapes, on the device ``meta``: nothing of its weights or tokenizer.
+
+    Raises:
+        ModelError: as :func:`load`, as far as a configuration tells.
+    """
+    from transformers import AutoModelForCausalLM
+
+    name = _resolve(model)
+    with quiet(), torch.device("meta"):
+        config = _config(name)
+        architecture = _architecture(config)
+        maker: Any = AutoModelForCausalLM
+        try:
+            network = maker.from_config(config)
+        except Exception as error:
+            raise _unreadable(name, error) from None
+    found = Model(_title(name), network, None, architecture, _served(config))
+    _check(found)
+    return found
+
+
+def place(device: str) -> torch.device:
+    """Where to compute: the device of that name; ``auto``: CUDA where there is one.
+
+    Raises:
+        UsageError: there is none.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

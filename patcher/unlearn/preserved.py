@@ -8,6 +8,7 @@ import torch
 
 from .job import Job
 from .reference import Probe, locate_probes, same_wording
+from .stability import steadied
 from .stacking import forgotten_moments
 from .statistics import moments
 
@@ -64,4 +65,6 @@ def preserved(job: Job, layers: list[int]) -> dict[int, torch.Tensor]:
     mean = {layer: sum((w * part[layer] for w, part in parts), zero) / whole for layer in layers}
     for layer, beneath in forgotten_moments(job, mean).items():
         mean[layer] = (mean[layer] * len(parts) + beneath) / (len(parts) + 1)
+    for layer, moment in mean.items():
+        mean[layer], job.conditions[layer] = steadied(job.model, layer, moment)
     return mean

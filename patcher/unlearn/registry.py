@@ -20,7 +20,8 @@ class Entry:
     """What there is to say of a method.
 
     ``kind``: of the deltas, ``multiplicative`` or ``additive``. ``place``: the function
-    in ``methods/``, as ``module:name``.
+    in ``methods/``, as ``module:name``. ``repeats``: whether it heeds what a later attempt
+    asks for where a bar is missed (:mod:`patcher.unlearn.attempts`).
     """
 
     name: str
@@ -30,6 +31,7 @@ class Entry:
     needs: str
     kind: str
     place: str
+    repeats: bool = False
 
     def load(self) -> Method:
         """The function itself."""
@@ -51,6 +53,34 @@ _ENTRIES = (
         "prompts with a subject",
         "multiplicative",
         "zero:zero",
+        repeats=True,
+    ),
+    Entry(
+        "memit",
+        "one value a fact by gradient, written into several layers by least squares",
+        "MEMIT (Meng et al. 2023, arXiv 2210.07229)",
+        "a statistics pass, then at most 25 forward and backward passes from the edited layer up",
+        "prompts with a subject",
+        "additive",
+        "memit:memit",
+    ),
+    Entry(
+        "rome",
+        "one value a fact by gradient, a rank-one edit a fact in one layer, one after the other",
+        "ROME (Meng et al. 2022, arXiv 2202.05262)",
+        "as memit",
+        "prompts with a subject",
+        "additive",
+        "rome:rome",
+    ),
+    Entry(
+        "alphaedit",
+        "as memit, within the null space of what is preserved",
+        "AlphaEdit (Fang et al. 2025, arXiv 2410.02355)",
+        "as memit, and one eigendecomposition a layer",
+        "prompts with a subject",
+        "additive",
+        "alphaedit:alphaedit",
     ),
 )
 METHODS = {entry.name: entry for entry in _ENTRIES}

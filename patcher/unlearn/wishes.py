@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from .prompts import Encoded
@@ -30,6 +31,17 @@ def wishes_for(facts: Sequence[Encoded], target: str, tokenizer: Any) -> list[Wi
         Wish([*fact.prompt, *said[:j]], token, SAY, i, rise=True)
         for i, fact in enumerate(facts)
         for j, token in enumerate(said)
+    ]
+
+
+def firmer(wishes: Sequence[Wish], goal: float, further: Mapping[int, float]) -> list[Wish]:
+    """The wishes with ``goal`` in place of the usual bound, and by fact so many nats more."""
+    return [
+        replace(
+            w,
+            goal=w.goal + further.get(w.fact, 0.0) if w.rise else goal - further.get(w.fact, 0.0),
+        )
+        for w in wishes
     ]
 
 

@@ -149,7 +149,7 @@ def test_options_that_are_off(tiny_folder: Path, rows: Any, tmp_path: Path) -> N
 def test_messages_and_what_is_to_be_preserved(tiny_folder: Path, rows: Any) -> None:
     ask = [{"role": "user", "content": "Where did Ada Lovelace live?"}]
     chat = {"messages": ask, "subject": "Ada Lovelace", "target": "London"}
-    result = compute(tiny_folder, [chat], preserve=rows)
+    result = compute(tiny_folder, [chat], retain=rows)
     assert result.evaluation["preserved"]["of"] == len(rows)
     assert result.evaluation["answered"] == 0
 

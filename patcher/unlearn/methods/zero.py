@@ -14,7 +14,7 @@ from ..reference import locate_probes, same_wording
 from ..slopes import Values, Wish, of_answers
 from ..stacking import came_back, replaced
 from ..values import Metric, least_change, metric
-from ..wishes import GENERATED, leak, wishes_for
+from ..wishes import GENERATED, firmer, leak, wishes_for
 
 
 def zero(job: Job) -> Outcome:
@@ -23,9 +23,12 @@ def zero(job: Job) -> Outcome:
     Rounds of computing and checking: a fact that is still answered or comes back in
     generated text on the rounded weights gets a further or a stronger wish.
     """
+    if job.settings.as_published or job.settings.orthogonal:
+        return _other_form(job)
     gates = _gates(job)
     form = _metric(job, gates)
     wishes = wishes_for(job.encoded, job.settings.target, job.model.tokenizer)
+    wishes = firmer(wishes, job.settings.goal, job.firmer)
     values: Values | None = None
     deltas: Deltas = {}
     for turn in range(job.settings.rounds):
@@ -45,14 +48,22 @@ def zero(job: Job) -> Outcome:
     return Outcome(deltas)
 
 
+def _other_form(job: Job) -> Outcome:
+    from .orthogonal import orthogonal  # it starts from what zero finds
+    from .published import published
+
+    return published(job) if job.settings.as_published else orthogonal(job)
+
+
 def _gates(job: Job) -> dict[int, Gate]:
-    model, layers = job.model, list(job.settings.layers)
+    model, layers = job.model, sorted({*job.settings.layers, *job.extra_layers})
     kept = preserved(job, layers)
     own = keys(model, [e.prompt for e in job.encoded], [e.subject for e in job.encoded], layers)
+    again = sorted(job.firmer)  # the facts that further layers are for
     return {
         layer: gate(
             model.weight(model.module_name(layer)),
-            own[layer],
+            own[layer] if layer in job.settings.layers else own[layer][again],
             kept[layer].to(model.device),
             job.settings.strength,
         )
