@@ -348,7 +348,8 @@ no figure here is typed by hand. To repeat: `python bench/quality.py --data DIR`
 {_definitions(lines)}
 
 Prompts that ship with patcher for its statistics come from the same public sets. Facts about their
-subjects are in none of these figures, as every patch is computed to leave them alone."""
+subjects are in none of these figures, as every patch is computed to leave them alone.
+"""
 
 
 def _definitions(lines: Sequence[Line]) -> str:
