@@ -25,16 +25,17 @@ background:var(--paper);font:16px/1.5 system-ui,sans-serif}
 h1{font-size:1.6rem;line-height:1.2;margin:0 0 .25rem}
 h2{font-size:1.3rem;margin:2.75rem 0 .5rem}
 h3{font-size:1.05rem;margin:1.75rem 0 .4rem}
+details{border-bottom:1px solid var(--rule)}
 p,dd,figcaption{max-width:44rem}
 .soft,figcaption{color:var(--soft);font-size:.9rem}
-summary{font-size:1.3rem;font-weight:600;cursor:pointer;margin:1.5rem 0 .5rem}
+summary{font-weight:600;cursor:pointer;padding:.5rem 0}
 .wide{overflow-x:auto}
 table{border-collapse:collapse;font-size:.92rem;font-variant-numeric:tabular-nums}
 th,td{padding:.3rem 1.1rem .3rem 0;text-align:left;vertical-align:top;
 border-bottom:1px solid var(--rule)}
 th{font-weight:600;vertical-align:bottom}
 .n{text-align:right}
-td.n{white-space:nowrap}
+td.n{white-space:pre}
 figure{margin:.75rem 0 1.25rem}
 svg{display:block;width:100%;max-width:42rem;height:auto;font:12px system-ui,sans-serif;
 fill:var(--ink)}
@@ -51,7 +52,7 @@ dt{font-weight:600;margin-top:.6rem}
 dd{margin:0}
 code{overflow-wrap:anywhere}
 """ + "".join(
-    f"svg .s{n}{{fill:var(--s{n})}}svg .track.s{n}{{fill:none;stroke:var(--s{n})}}\n"
+    f"svg .s{n}{{fill:var(--s{n})}}svg .track.s{n},svg .span.s{n}{{fill:none;stroke:var(--s{n})}}\n"
     for n in range(plots.COLOURS)
 )
 

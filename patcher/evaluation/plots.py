@@ -102,7 +102,7 @@ def _by_facts(entries: Sequence[Entry], title: str, cost: Cost, *, zero: bool) -
         Track(name, kinds[name], [(n, fmean(found)) for n, found in sorted(values.items())])
         for name, values in at.items()
     ]
-    across = axis("facts forgotten", [p.x for p in points], zero=True)
+    across = axis("facts forgotten", [p.x for p in points], zero=True, whole=True)
     return plane(across, axis(title, up, zero=zero), points, tracks=tracks)
 
 
@@ -157,7 +157,7 @@ def _two_lines(
         for x, share in rows[side]
     ]
     tracks = [Track(side, side, [(x, s["share"]) for x, s in rows[side]]) for side in SIDES]
-    places = axis(across, [p.x for p in points], zero=True)
+    places = axis(across, [p.x for p in points], zero=True, whole=True)
     return plane(places, Axis(up, 0.0, 1.05), points, tracks=tracks)
 
 

@@ -40,11 +40,12 @@ class Bar:
 
 @dataclass(frozen=True)
 class Axis:
-    """What runs along it, from where to where."""
+    """What runs along it, from where to where; ``whole``: in steps of whole numbers."""
 
     title: str
     low: float
     high: float
+    whole: bool = False
 
     def place(self, value: float, start: float, stop: float) -> float:
         """Where ``value`` lies between two pixels; what is outside lies at the edge."""
@@ -58,18 +59,19 @@ class Axis:
             if (self.high - self.low) / (step * factor) <= 7:
                 step *= factor
                 break
+        step = max(step, 1.0) if self.whole else step
         first = math.ceil(self.low / step - 1e-9)
         last = math.floor(self.high / step + 1e-9)
         return [round(i * step, 10) + 0.0 for i in range(first, last + 1)]
 
 
-def axis(title: str, values: Sequence[float], *, zero: bool = False) -> Axis:
+def axis(title: str, values: Sequence[float], *, zero: bool = False, whole: bool = False) -> Axis:
     """An axis that holds all of the values, with a little room."""
     low, high = min(values), max(values)
     if zero:
         low, high = min(low, 0.0), max(high, 0.0)
     room = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
-    return Axis(title, low if zero and low == 0 else low - room, high + room)
+    return Axis(title, low if zero and low == 0 else low - room, high + room, whole)
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def table(heads: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 
 def comparison(entries: Sequence[Entry]) -> str:
-    """One row an evaluation: the patched weights' usual figures."""
+    """One row an evaluation: the patched weights' usual figures, intervals beneath."""
     body = []
     for name, document in ((entry.name, entry.document) for entry in entries):
         lines = {line.probe: line for line in usual_lines(document)}
@@ -46,13 +46,9 @@ def comparison(entries: Sequence[Entry]) -> str:
         ratio = "–"
         if isinstance(before, float) and isinstance(after, float):
             ratio = f"{after / before:.4f}"
-        shares = [
-            cell
-            for figure in USUAL[:4]
-            for cell in (value(lines[figure].patched), span(lines[figure].patched))
-        ]
-        body.append([name, *shares, ratio])
-    heads = [head for figure in USUAL[:4] for head in (f">{figure}", ">95 % interval")]
+        shares = [lines[figure].patched for figure in USUAL[:4]]
+        body.append([name, *(f"{value(one)}\n{span(one)}".strip() for one in shares), ratio])
+    heads = [f">{figure}" for figure in USUAL[:4]]
     return table(["evaluation", *heads, ">perplexity over the base's"], body)
 
 

@@ -194,7 +194,7 @@ def test_several_evaluations_stand_side_by_side(report: EvaluationReport) -> Non
     names += ["memit, 10 facts", "memit, 50 facts", "gd"]
     compared = [row for row in found.rows if row[0] in names]
     assert [row[0] for row in compared] == names
-    assert compared[4][1] == "2.0 % (1 of 50)"
+    assert compared[4][1].splitlines() == ["2.0 % (1 of 50)", "16.7 – 83.3 %"]
     assert compared[4][-1] == "3.0000"
     assert len([tag for tag, _ in found.tags if tag == "details"]) == 6
     front = text[: text.index("<details>")]
