@@ -231,7 +231,7 @@ def told_bars(groups: Mapping[str, Sequence[Bar]]) -> list[str]:
             result.append(_row([name, "", "not measured yet", ""]))
         for bar in found:
             sign = "≤" if bar.at_most else "≥"
-            bound = f"{sign} {bar.bound:g}" if bar.bound > 1 else f"{sign} {bar.bound:.0%}"
+            bound = f"{sign} {bar.bound:g}" if bar.bound > 1 else f"{sign} {100 * bar.bound:.0f} %"
             verdict = {None: "nothing to ask", True: "met", False: "**not met**"}[bar.met]
             result.append(_row([f"{name}: {bar.what}", bound, bar.told, verdict]))
     return result
@@ -258,8 +258,8 @@ def front(rows: Sequence[Summary]) -> list[str]:
         else:
             verdict = "neither beats the other: one forgets more, the other damages less"
         result.append(
-            f"- `{name}`: {b[0]:.1%} still answered and {b[1]:.1%} of others lost, against "
-            f"{a[0]:.1%} and {a[1]:.1%}: {verdict}."
+            f"- `{name}`: {100 * b[0]:.1f} % still answered and {100 * b[1]:.1f} % of others lost, "
+            f"against {100 * a[0]:.1f} % and {100 * a[1]:.1f} %: {verdict}."
         )
     return result
 
