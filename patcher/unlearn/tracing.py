@@ -10,7 +10,7 @@ it moves the log-probability of what the model says to the others. docs/methods.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +21,7 @@ from .forward import batches, hidden, pad
 from .gate import Gate, gate_of
 from .job import Job
 from .layers import by_depth
+from .models import Model
 from .prompts import Encoded
 from .reference import Probe, locate_probes, same_wording
 from .slopes import of_answers, of_wishes, start
@@ -140,48 +141,60 @@ def _gates(job: Job, encoded: Sequence[Encoded]) -> dict[int, Gate]:
     """A gate of every layer, from few samples of what is preserved."""
     model = job.model
     draw = random.Random(job.settings.seed)
-    wide = model.weight(model.module_name(0)).shape[0]
-    count = 1 + TEXT * wide // job.settings.window
     subjects = locate_probes(model, draw.sample(list(job.probes), min(SUBJECTS, len(job.probes))))
     each = -(-ALIKE // len(job.facts))
     alike = same_wording(job.facts, job.probes, each, job.settings.seed)
     words = locate_probes(model, draw.sample(alike, min(ALIKE, len(alike))))
-    samples = [
-        (job.text[:count], None),
-        (subjects.sequences, subjects.positions),
-        (words.sequences, words.positions),
-        (words.sequences, None),
-    ]
-    moments = [_moments(job, *sample) for sample in samples if sample[0]]
-    ids = [fact.prompt for fact in encoded]
-    own = _outputs(job, ids, [fact.subject for fact in encoded])
+    wide = model.weight(model.module_name(0)).shape[0]
+    mean = torch.zeros(model.layers, wide, wide, device=model.device)  # E[o oᵀ], o = W k
+    parts = _add(mean, model, job.text[: 1 + TEXT * wide // job.settings.window])
+    parts += _add(mean, model, *subjects)
+    parts += _add(mean, model, *words) + _add(mean, model, words.sequences) if alike else 0
+    own = _at(model, [fact.prompt for fact in encoded], [fact.subject for fact in encoded])
     strength = job.settings.strength
     return {
-        layer: gate_of(sum(m[layer] for m in moments) / len(moments), own[layer].T, strength)
+        layer: gate_of(mean[layer].double() / parts, own[layer].T.double(), strength)
         for layer in range(model.layers)
     }
 
 
-def _moments(
-    job: Job, sequences: Sequence[Sequence[int]], positions: Sequence[int] | None
+def _add(
+    mean: torch.Tensor,
+    model: Model,
+    sequences: Sequence[Sequence[int]],
+    positions: Sequence[int] | None = None,
+) -> int:
+    """Add ``E[o oᵀ]`` at one position a sequence, or at all tokens; how many were added."""
+    count = len(sequences) if positions else sum(map(len, sequences))
+    for group, outputs in _outputs(model, sequences):
+        if positions:
+            rows, columns = list(range(len(group))), [positions[i] for i in group]
+        else:
+            rows = [row for row, i in enumerate(group) for _ in sequences[i]]
+            columns = [column for i in group for column in range(len(sequences[i]))]
+        for layer, out in enumerate(outputs):
+            o = out[rows, columns]
+            mean[layer] += o.T @ o / count
+    return 1 if count else 0
+
+
+def _at(
+    model: Model, sequences: Sequence[Sequence[int]], positions: Sequence[int]
 ) -> list[torch.Tensor]:
-    """``E[o oᵀ]`` by layer, ``[d_out, d_out]`` float64, of what the weights put out."""
-    return [o.T @ o / len(o) for o in _outputs(job, sequences, positions)]
+    """What each layer's weight puts out at one position a sequence, ``[n, d_out]``."""
+    found: dict[int, list[torch.Tensor]] = {}
+    for group, outputs in _outputs(model, sequences):
+        for row, i in enumerate(group):
+            found[i] = [out[row, positions[i]] for out in outputs]
+    return [torch.stack([found[i][k] for i in sorted(found)]) for k in range(model.layers)]
 
 
 @torch.no_grad()
 def _outputs(
-    job: Job, sequences: Sequence[Sequence[int]], positions: Sequence[int] | None
-) -> list[torch.Tensor]:
-    """What each layer's weight puts out, ``[n, d_out]`` float64, biases left out.
-
-    At one position a sequence, in the sequences' order; without positions at all
-    tokens, in any order.
-    """
-    model = job.model
-    seen: dict[int, torch.Tensor] = {}
-    parts: list[list[torch.Tensor]] = [[] for _ in range(model.layers)]
-    order: list[int] = []
+    model: Model, sequences: Sequence[Sequence[int]]
+) -> Iterator[tuple[list[int], list[torch.Tensor]]]:
+    """By batch its indices and, of every layer, ``W k`` at every token ``[b, length, d_out]``."""
+    seen: list[torch.Tensor] = [torch.empty(0)] * model.layers
     with ExitStack() as hooks:
         for layer in range(model.layers):
 
@@ -192,17 +205,7 @@ def _outputs(
             hooks.callback(model.module(layer).register_forward_hook(look).remove)
         for group in batches([len(sequence) for sequence in sequences]):
             hidden(model, pad([sequences[i] for i in group], model.device))
-            if positions is None:
-                rows = [r for r, i in enumerate(group) for _ in sequences[i]]
-                columns = [c for i in group for c in range(len(sequences[i]))]
-            else:
-                rows, columns = list(range(len(group))), [positions[i] for i in group]
-                order += group
-            for layer, out in seen.items():
-                shaped = out.reshape(len(group), -1, out.shape[-1])
-                parts[layer].append(shaped[rows, columns].double())
-    back = torch.tensor(order).argsort() if positions is not None else slice(None)
-    return [torch.cat(part)[back] for part in parts]
+            yield group, [out.reshape(len(group), -1, out.shape[-1]) for out in seen]
 
 
 def _judged(job: Job) -> list[Probe]:
