@@ -44,6 +44,7 @@ from patcher.unlearn.reference import windows
 from patcher.unlearn.stacking import edit_of
 
 ROOT = Path(__file__).resolve().parents[1]
+ASIDE = 20  # others that every pair is asked for
 
 
 @dataclass(frozen=True)
@@ -54,16 +55,6 @@ class Asked:
     others: list[Encoded]
     third: list[bool]  # of the others: CounterFact's
     text: list[list[int]]
-
-
-@dataclass(frozen=True)
-class Answers:
-    """``facts``: by lot ``[facts]``; ``said`` and ``nats`` (of the answer, below zero)."""
-
-    said: list[list[bool]]
-    nats: list[torch.Tensor]
-    others: list[bool]
-    others_nats: torch.Tensor
 
 
 def chosen(model: Model, args: argparse.Namespace) -> tuple[list[list[Row]], Draw, str]:
@@ -109,32 +100,35 @@ def both(model: Model, facts: Sequence[Encoded]) -> tuple[list[bool], torch.Tens
     return said, result
 
 
-def ask(model: Model, asked: Asked) -> Answers:
-    """All answers of the model as it is."""
-    found = [both(model, lot) for lot in asked.lots]
-    others = both(model, asked.others)
-    return Answers([said for said, _ in found], [nats for _, nats in found], *others)
-
-
 class Bench:
     """The model, the patches, and the answers of every set of patches, asked once each."""
 
     def __init__(self, model: Model, patches: list[Patch], asked: Asked) -> None:
         self.model, self.patches, self.asked = model, patches, asked
         self.edits = [edit_of(model, patch) for patch in patches]
-        self.seen: dict[tuple[int, ...], Answers] = {}
+        self.seen: dict[tuple[int, ...], tuple[list[bool], torch.Tensor]] = {}
 
     @contextmanager
     def with_patches(self, which: Sequence[int]) -> Iterator[None]:
         with folded(self.model, *(self.edits[i] for i in which)):
             yield
 
-    def answers(self, which: Sequence[int]) -> Answers:
-        """Asked once for each order of each set."""
-        name = tuple(which)
+    def lot(self, which: Sequence[int], number: int) -> tuple[list[bool], torch.Tensor]:
+        """Of that lot's facts, with the patches ``which`` folded in in that order."""
+        return self._asked((*which, -1, number), which, self.asked.lots[number])
+
+    def others(self, which: Sequence[int], count: int | None = None) -> Any:
+        """The same of others: of all, or of as many spread over them."""
+        step = 1 if count is None else max(1, len(self.asked.others) // count)
+        return self._asked((*which, -2, step), which, self.asked.others[::step])
+
+    def _asked(
+        self, name: tuple[int, ...], which: Sequence[int], facts: Sequence[Encoded]
+    ) -> tuple[list[bool], torch.Tensor]:
+        # Asked once: the same sets of patches are looked at from several sides.
         if name not in self.seen:
             with self.with_patches(which):
-                self.seen[name] = ask(self.model, self.asked)
+                self.seen[name] = both(self.model, facts)
         return self.seen[name]
 
     @cached_property
@@ -146,50 +140,50 @@ class Bench:
         with self.with_patches(which):
             return math.exp(mean_nats(self.model, self.asked.text) - self.base_nats)
 
-    def stack(self, which: Sequence[int], *, text: bool = True) -> dict[str, Any]:
-        """The usual figures of a stack; without ``text`` all but perplexity."""
-        found = self.answers(which)
-        facts = [yes for i in which for yes in found.said[i]]
+    def stack(self, which: Sequence[int]) -> dict[str, Any]:
+        """The usual figures of a stack."""
+        facts = [yes for i in which for yes in self.lot(which, i)[0]]
+        others = self.others(which)[0]
         groups = {
-            name: [yes for yes, cf in zip(found.others, self.asked.third, strict=True) if cf == is_]
+            name: [yes for yes, cf in zip(others, self.asked.third, strict=True) if cf == is_]
             for name, is_ in (("counterfact", True), ("world", False))
         }
         return {
             "patches": len(which),
             "answered": f"{sum(facts)} of {len(facts)}",
-            "kept": f"{sum(found.others)} of {len(found.others)}",
+            "kept": f"{sum(others)} of {len(others)}",
             **{f"kept_{name}": f"{sum(said)} of {len(said)}" for name, said in groups.items()},
-            "perplexity": round(self.perplexity(which), 5) if text else None,
+            "perplexity": round(self.perplexity(which), 5),
         }
 
     def reverted(self) -> dict[str, Any]:
         """Every patch taken out of the whole stack: its facts come back, the others stay gone."""
-        count = len(self.patches)
-        back = of_back = still = of_still = 0
-        for out in range(count):
-            rest = [i for i in range(count) if i != out]
-            found = self.answers(rest)
-            back, of_back = back + sum(found.said[out]), of_back + len(found.said[out])
-            gone = [yes for i in rest for yes in found.said[i]]
-            still, of_still = still + sum(gone), of_still + len(gone)
-        return {"back": f"{back} of {of_back}", "others_answered": f"{still} of {of_still}"}
+        every = range(len(self.patches))
+        back: list[bool] = []
+        still: list[bool] = []
+        for out in every:
+            rest = [i for i in every if i != out]
+            back += self.lot(rest, out)[0]
+            still += [yes for i in rest for yes in self.lot(rest, i)[0]]
+        return {
+            "back": f"{sum(back)} of {len(back)}",
+            "others_answered": f"{sum(still)} of {len(still)}",
+        }
 
     def pair(self, i: int, j: int) -> dict[str, float]:
         """What the patches ``i`` (beneath) and ``j`` do to each other, beyond each alone."""
-        base, alone = self.answers([]), [self.answers([i]), self.answers([j])]
-        joint = self.answers([i, j])
         returned, moved = 0, []
-        for own, single in ((i, alone[0]), (j, alone[1])):
-            returned += sum(
-                now and not was for now, was in zip(joint.said[own], single.said[own], strict=True)
-            )
-            moved += (joint.nats[own] - single.nats[own]).tolist()
-        beyond = joint.others_nats - sum(one.others_nats for one in alone) + base.others_nats
+        for own in (i, j):
+            (was, before), (now, after) = self.lot([own], own), self.lot([i, j], own)
+            returned += sum(yes and not no for yes, no in zip(now, was, strict=True))
+            moved += (after - before).tolist()
+        sets: list[list[int]] = [[], [i], [j], [i, j]]
+        base, one, other, joint = (self.others(which, ASIDE)[1] for which in sets)
         return {
             "returned": float(returned),
             "moved": float(np.mean(np.abs(moved))),
             "risen": float(np.mean(moved)),
-            "beyond_sum": float(beyond.abs().mean()),
+            "beyond_sum": float((joint - one - other + base).abs().mean()),
         }
 
 
@@ -279,10 +273,9 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "part": args.part,
         "seed": args.seed,
         "facts": [len(lot) for lot in lots],
-        "alone": [bench.stack([i], text=False) for i in every],
+        "alone": f"{sum(sum(bench.lot([i], i)[0]) for i in every)} answered",
         "two": bench.stack(every[:2]),
         "all": bench.stack(every),
-        "upside_down": bench.stack(every[::-1], text=False),
         "reverted": bench.reverted(),
         "prediction": correlations(bench, compared),
     }
@@ -291,7 +284,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def show(found: dict[str, Any]) -> None:
     """The figures as lines."""
     print(f"{found['model']}: {len(found['facts'])} patches, {found['split']}, {found['part']}")
-    for name in ("two", "all", "upside_down"):
+    for name in ("two", "all"):
         print(f"{name}: " + ", ".join(f"{k} {v}" for k, v in found[name].items()))
     print("one of all reverted: " + ", ".join(f"{k} {v}" for k, v in found["reverted"].items()))
     for name, one in found["prediction"].items():
