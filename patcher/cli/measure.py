@@ -8,8 +8,7 @@ from typing import Any
 
 import click
 
-from patcher.cli.make import data_options
-from patcher.cli.options import existing_file, json_option
+from patcher.cli.options import data_options, existing_file, json_option
 from patcher.cli.output import note, percent, print_json, table
 from patcher.cli.progress import shown_progress
 from patcher.errors import UsageError

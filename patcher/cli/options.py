@@ -75,6 +75,31 @@ def engine_options(command: Command) -> Command:
     return cast(Command, connected)
 
 
+def data_options(command: Command) -> Command:
+    """The model, the forget set, and which of its facts count."""
+    for option in (
+        click.option("-v", "--verbose", is_flag=True, help="Say on stderr what is being done."),
+        click.option("--device", default="auto", show_default=True, help="Where to compute."),
+        click.option("--limit", type=click.IntRange(min=1), help="Take the first N facts."),
+        click.option("--known-only", is_flag=True, help="Leave out what the model doesn't know."),
+        click.option(
+            "--forget",
+            required=True,
+            type=existing_file,
+            metavar="F.jsonl",
+            help="The forget set: JSON Lines with at least prompt (or messages) and target.",
+        ),
+        click.option(
+            "--model",
+            required=True,
+            metavar="DIR_OR_HUB_ID",
+            help="The model, as transformers names it.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 def stack_options(command: Command) -> Command:
     """What lies beneath a new patch; the function gets each as None where it wasn't given."""
 

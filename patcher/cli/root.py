@@ -13,10 +13,11 @@ from patcher.cli.guard import close_quietly, guarded
 # section -> {command: its module}
 SECTIONS = {
     "Make a patch": {
-        "compute": "make",
+        "compute": "compute",
         "evaluate": "measure",
-        "inspect": "make",
+        "inspect": "inspect",
         "compare": "compare",
+        "methods": "methods",
     },
     "Change a running engine": {
         "serve": "serve",

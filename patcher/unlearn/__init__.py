@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .bars import Bars
 from .progress import Progress
 
 if TYPE_CHECKING:
     from .pipeline import ComputeResult, compute
 
-__all__ = ["ComputeResult", "Progress", "compute"]
+__all__ = ["Bars", "ComputeResult", "Progress", "compute"]
 
 
 def __getattr__(name: str) -> Any:

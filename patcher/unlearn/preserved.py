@@ -65,6 +65,10 @@ def preserved(job: Job, layers: list[int]) -> dict[int, torch.Tensor]:
     mean = {layer: sum((w * part[layer] for w, part in parts), zero) / whole for layer in layers}
     for layer, beneath in forgotten_moments(job, mean).items():
         mean[layer] = (mean[layer] * len(parts) + beneath) / (len(parts) + 1)
+    job.progress.start("Condition of what is preserved", len(mean))
     for layer, moment in mean.items():
         mean[layer], job.conditions[layer] = steadied(job.model, layer, moment)
+        numbers = ", ".join(f"{value:.1e}" for value in job.conditions.values())
+        job.progress.step(len(job.conditions), numbers)
+    job.progress.finish()
     return mean

@@ -10,7 +10,7 @@ from ..errors import NumericalError
 from .models import Model
 
 LIMIT = 1e12  # of the condition number: past it float64 has no digits left to solve with
-SEEN = 1e-12  # of the largest eigenvalue: a direction below it was never seen
+SEEN = 1e-7  # of the largest eigenvalue: below it there is only float32's rounding
 HOPELESS = 0.5  # of the directions, at least, have to be seen
 logger = logging.getLogger("patcher")
 

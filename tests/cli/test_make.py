@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from patcher.evaluation.report import Count, EvaluationReport, Figures
+from patcher.unlearn import Bars
 from tests.cli.running import document, run
 from tests.small_patch import MODULE, small_patch
 
@@ -97,7 +98,8 @@ def test_compute_hands_its_options_on(
     assert wishes == {
         "model": "m", "forget": forget, "output": output, "method": "zero", "layers": "9,10,11",
         "dtype": "auto", "target": "eos", "known_only": True, "limit": 5, "seed": 7,
-        "device": "cpu",
+        "device": "cpu", "as_published": False, "orthogonal": False, "augment": False,
+        "resume": True, "ignore_memory": False, "bars": Bars(),
     }  # fmt: skip
     assert document(result) == {"id": "ab" * 32, "path": str(output), "seconds": None}
 
