@@ -1,7 +1,7 @@
 """How long computing takes and how much memory, against the published way.
 
     python bench/compute.py --data DIR            1 to 50 facts, a quarter of an hour alone
-    python bench/compute.py --quick               1 to 10 facts, under two minutes
+    python bench/compute.py --quick               10 facts, one optimisation of the four
     python bench/compute.py --json                the same as one document, with its checks
 
 Three things, each in a process of its own, all in one run:
@@ -51,6 +51,7 @@ from patcher.unlearn.upward import added
 ROOT = Path(__file__).resolve().parents[1]
 TIMES_BATCHED, TIMES_ZERO = 50.0, 20.0  # faster than the published way
 PUBLISHED_RATE = 0.1  # of the authors' settings
+FACTS = 50  # from which on those two count
 LINEAR = 1.15  # seconds a fact may grow by that from one number of facts to the next
 
 
@@ -63,8 +64,11 @@ class Sought(NamedTuple):
     facts: int
 
 
-def seek(model: str, rows: Sequence[Row], batched: bool) -> Sought:
-    """The values that ``zero --as-published`` needs: to say nothing, and of the true answers."""
+def seek(model: str, rows: Sequence[Row], batched: bool, quick: bool) -> Sought:
+    """The values that ``zero --as-published`` needs: to say nothing, and of the true answers.
+
+    ``quick``: the former alone.
+    """
     loaded = load(model)
     facts = read_facts(rows)
     coded = encode_facts(loaded.tokenizer, facts)
@@ -76,7 +80,7 @@ def seek(model: str, rows: Sequence[Row], batched: bool) -> Sought:
         targets.RATE = PUBLISHED_RATE  # this process does nothing else
     begun = time.monotonic()
     change = values(job, layers[-1], batched=batched, passes=passes)
-    for layer in layers:
+    for layer in layers if not quick else ():
         values(job, layer, batched=batched, said=[one.answer for one in coded], passes=passes)
     seconds = time.monotonic() - begun
     end = [loaded.tokenizer.eos_token_id]
@@ -125,27 +129,31 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         print(json.dumps(one), file=sys.stderr, flush=True)
 
     few = rows[counts[-1]][: args.published]
-    took = apart(seek, args.model, few, False)
+    took = apart(seek, args.model, few, False, args.quick)
     found: Sought = took.result
     tell(line("published", len(few), found.seconds, took, held, **told(found)))
     # The batched way on the same few facts, so that both qualities are of the same ones.
-    same = apart(seek, args.model, few, True).result
+    same = apart(seek, args.model, few, True, args.quick).result
     lines[-1]["batched_ended"] = same.ended
     for n in counts:
-        took = apart(seek, args.model, rows[n], True)
+        took = apart(seek, args.model, rows[n], True, args.quick)
         found = took.result
         tell(line("batched", n, found.seconds, took, held, **told(found)))
-    with tempfile.TemporaryDirectory() as cache:
-        apart(computing, args.model, [rows[counts[0]]], {"cache": cache})  # fills the cache
+    with tempfile.TemporaryDirectory() as folder:
+        # Quick takes the user's own cache, and fills it the first time.
+        options = {} if args.quick else {"cache": folder}
+        if not args.quick:
+            apart(computing, args.model, [rows[counts[0]]], options)
         for n in counts:
-            took = apart(computing, args.model, [rows[n]], {"cache": cache})
+            took = apart(computing, args.model, [rows[n]], options)
             tell(line("zero", n, took.seconds, took, held))
     return {
         "model": Path(args.model).name,
         "machine": machine(),
         "weights_bytes": held,
         "lines": lines,
-        "checks": checks(lines),
+        "optimisations": 1 if args.quick else 4,
+        "checks": checks(lines, args.quick),
     }
 
 
@@ -153,8 +161,11 @@ def told(found: Sought) -> dict[str, Any]:
     return {"steps": found.steps, "ended": found.ended}
 
 
-def checks(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What has to hold, and whether it does."""
+def checks(lines: Sequence[dict[str, Any]], quick: bool) -> list[dict[str, Any]]:
+    """What has to hold, and whether it does; ``ok`` is None where the bar is of more facts.
+
+    ``quick`` leaves the default out: one optimisation is no measure for all that it does.
+    """
     by_way = {
         way: sorted((one for one in lines if one["way"] == way), key=lambda one: int(one["facts"]))
         for way in ("published", "batched", "zero")
@@ -165,7 +176,9 @@ def checks(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         last = by_way[way][-1]
         times = published["seconds_a_fact"] / max(last["seconds_a_fact"], 1e-9)
         name = f"{way}: times faster than the published way at {last['facts']} facts"
-        found.append(_check(name, times, bar, times >= bar))
+        if not (quick and way == "zero"):
+            enough = last["facts"] >= FACTS and not quick
+            found.append(_check(name, times, bar, times >= bar if enough else None))
         each = [one["seconds_a_fact"] for one in by_way[way]]
         growth = max((b / max(a, 1e-9) for a, b in pairwise(each)), default=0.0)
         name = f"{way}: growth of seconds a fact, from one number of facts to the next"
@@ -176,7 +189,7 @@ def checks(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def _check(name: str, value: float, bar: float, ok: bool) -> dict[str, Any]:
+def _check(name: str, value: float, bar: float, ok: bool | None) -> dict[str, Any]:
     return {"name": name, "value": round(value, 3), "bar": bar, "ok": ok}
 
 
@@ -195,7 +208,7 @@ def show(document: dict[str, Any]) -> None:
     print(f"published: measured on {few} facts; it is linear in them, one after the other")
     print("beyond: the peak beyond the libraries and the weights")
     for check in document["checks"]:
-        mark = "ok  " if check["ok"] else "FAIL"
+        mark = {True: "ok  ", False: "FAIL", None: "    "}[check["ok"]]
         print(f"{mark} {check['name']}: {check['value']:g} (bar {check['bar']:g})")
 
 
@@ -203,20 +216,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default=str(ROOT / ".models/smollm2-135m-instruct"))
     parser.add_argument("--data", type=Path, default=ROOT / "tests/data")
-    parser.add_argument("--facts", type=int, nargs="+", help="default: 1 5 10 20 50; quick: 1 10")
+    parser.add_argument("--facts", type=int, nargs="+", help="default: 1 5 10 20 50; quick: 10")
     parser.add_argument("--published", type=int, help="facts for the published way; 3, quick: 1")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    args.facts = args.facts or ([1, 10] if args.quick else [1, 5, 10, 20, 50])
+    args.facts = args.facts or ([10] if args.quick else [1, 5, 10, 20, 50])
     args.published = args.published or (1 if args.quick else 3)
     document = measure(args)
     if args.json:
         print(json.dumps(document, indent=1))
     else:
         show(document)
-    return 0 if all(check["ok"] for check in document["checks"]) else 1
+    return 0 if all(check["ok"] is not False for check in document["checks"]) else 1
 
 
 if __name__ == "__main__":
