@@ -19,7 +19,7 @@ import torch
 
 from ..client import Engine, resolve
 from ..engine.stack import admit
-from ..errors import BaseMismatchError, UsageError
+from ..errors import BaseMismatchError, UnknownPatchError, UsageError
 from ..kernels import fold
 from ..patch import Patch, check_module
 from .facts import Fact, Source, read_facts
@@ -77,12 +77,19 @@ def lower_patches(
 def _file(named: Named) -> Patch:
     if isinstance(named, Patch):
         return named
-    if not Path(named).exists() and _like_an_id(str(named)):
+    if not _is_file(named) and _like_an_id(str(named)):
         raise UsageError(
             f"There is no patch file {str(named)[:80]!r}.",
             "To name a patch by its id, give --engine URL too: the engine holds its bytes.",
         )
     return Patch.read(named)
+
+
+def _is_file(named: str | Path) -> bool:
+    try:
+        return Path(named).exists()
+    except (OSError, ValueError):  # a name that is too long, or holds a zero byte
+        return False
 
 
 def _like_an_id(text: str) -> bool:
@@ -96,9 +103,15 @@ def _of_engine(engine: Engine, named: Sequence[Named]) -> list[Patch]:
     held = [one["id"] for one in engine.patches()]
 
     def read(one: Named) -> Patch:
-        if isinstance(one, Patch) or Path(one).exists():
+        if isinstance(one, Patch) or _is_file(one):
             return _file(one)
-        return engine.download(resolve([str(one)], held)[0])
+        try:
+            return engine.download(resolve([str(one)], held)[0])
+        except UnknownPatchError:
+            raise UnknownPatchError(
+                f"The engine holds no patch {str(one)[:64]!r}, and there is no such file.",
+                "`patcher status` lists the patches that are in force.",
+            ) from None
 
     patches = [read(one) for one in named]
     order = [in_force.index(patch.id) for patch in patches if patch.id in in_force]

@@ -186,8 +186,9 @@ def test_the_stack_in_force_at_an_engine(fake: FakeEngine, lower: Patch, tmp_pat
         assert lower_patches([lower.id, tmp_path / "second.st"], engine) == (lower, second)
         with pytest.raises(UsageError, match="order"):
             lower_patches([second.id, lower.id], engine)
-        with pytest.raises(UnknownPatchError):
-            lower_patches(["f" * 64], engine)
+        for unknown in ("f" * 64, "x" * 5000):
+            with pytest.raises(UnknownPatchError, match="holds no patch"):
+                lower_patches([unknown], engine)
 
 
 def test_computing_on_top_of_an_engine(
