@@ -43,7 +43,7 @@ class Retained:
 
 
 def retain_terms(job: Job, weight: float, text_weight: float) -> list[Term]:
-    """The two terms; what the owner wants kept is among the prompts, all of it."""
+    """The two terms; the owner's preserved prompts are among those that are drawn from."""
     job.progress.start("What is to stay", None)
     others = remembered(job.model, _prompts(job))
     text = remembered(job.model, _pieces(job))
