@@ -123,7 +123,7 @@ def test_a_bar_that_cannot_hold_is_told_and_the_best_is_written(
     assert told["answered"] == still_said(tiny_model, rows[:2], patch)
 
 
-def test_survivors_alone_get_more_strength(
+def test_survivors_alone_get_more_strength_and_layers(
     tiny_folder: Path, tiny_model: Model, rows: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[dict[int, float]] = []
@@ -131,23 +131,23 @@ def test_survivors_alone_get_more_strength(
     def lenient(wishes: Any, goal: float, further: Any) -> Any:
         asked.append(dict(further))
         made = firmer(wishes, goal, further)
-        # The first attempts ask nothing of two facts; they survive.
-        return (
-            made
-            if len(asked) > 2
-            else [replace(w, goal=20.0) if w.fact in (0, 2) else w for w in made]
-        )
+        # The first two attempts ask something of one fact alone; others survive.
+        return made if len(asked) > 2 else [replace(w, goal=20.0) if w.fact else w for w in made]
 
     monkeypatch.setattr("patcher.unlearn.methods.zero.firmer", lenient)
+    weak = compute(tiny_folder, rows, layers="1").patch
+    survivors = [i for i, row in enumerate(rows) if still_said(tiny_model, [row], weak)]
+    assert 0 < len(survivors) < len(rows)
+    asked.clear()
     result = compute(tiny_folder, rows, layers="1", bars=Bars(max_efficacy=0))
-    assert asked == [{}, {0: 3.0, 2: 3.0}, {0: 6.0, 2: 6.0}]
+    assert asked == [{i: nats for i in survivors if nats} for nats in (0.0, 3.0, 6.0)]
     assert result.evaluation["attempts"] == 3
     assert result.evaluation["answered"] == still_said(tiny_model, rows, result.patch) == 0
     told = result.patch.manifest.method.hyperparameters
-    assert told["firmer"] == {"facts": 2, "nats": 6.0}
+    assert told["firmer"] == {"facts": len(survivors), "nats": 6.0}
     assert told["extra_layers"] == [2, 3]
     ranks = [result.modules[tiny_model.module_name(layer)] for layer in (2, 3)]
-    assert ranks == [2, 2]
+    assert ranks == [len(survivors)] * 2
 
 
 def test_a_further_layer_holds_the_survivors_alone(tiny_model: Model, rows: Any) -> None:
