@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 
@@ -28,6 +29,7 @@ GUARDED = 4.0  # the guard's factor of one attempt
 NEARER = 1.0  # nats that all goals come nearer where only other knowledge suffers
 NEAREST = -4.0  # log-odds: an answer's first token at less than one in fifty
 
+linalg: Any = torch.linalg  # its types leave the error out
 _FORGETTING = ("max_efficacy", "max_generalization")
 
 
@@ -83,7 +85,7 @@ def attempt(
         torch.manual_seed(job.settings.seed)
         try:
             outcome = run(job)
-        except torch.linalg.LinAlgError:
+        except linalg.LinAlgError:
             raise NumericalError(
                 f"The method {entry.name} can't solve for an edit: a system is singular.",
                 "Give a longer --reference, or other --layers.",

@@ -222,6 +222,19 @@ def test_values_that_are_not_finite_are_refused(
     assert not (tmp_path / "p.st").exists()
 
 
+def test_a_singular_system_is_refused(
+    tiny_folder: Path, rows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from patcher.unlearn.methods import zero
+
+    def singular(*_: Any, **__: Any) -> Any:
+        return torch.linalg.solve(torch.zeros(2, 2), torch.ones(2))
+
+    monkeypatch.setattr(zero, "least_change", singular)
+    with pytest.raises(NumericalError, match="singular"):
+        compute(tiny_folder, rows[:1], layers="1")
+
+
 def test_memory_is_predicted_before_anything_is_loaded(
     tiny_folder: Path, rows: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
