@@ -43,7 +43,8 @@ def null_space(moment: torch.Tensor) -> torch.Tensor:
     """
     sizes, vectors = torch.linalg.eigh(moment.double())
     below = sizes.clamp(min=0).cumsum(0) <= SHARE * sizes.sum()
-    return vectors[:, : max(1, int(below.sum()))]
+    found: torch.Tensor = vectors[:, : max(1, int(below.sum()))]
+    return found
 
 
 def write(keys: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
@@ -52,4 +53,5 @@ def write(keys: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
     inner = inside @ inside.T
     alpha = RIDGE * inner.trace() / len(inner)
     eye = torch.eye(len(inner)).to(inner)
-    return torch.linalg.solve(inner + alpha * eye, inside @ basis.T)
+    written: torch.Tensor = torch.linalg.solve(inner + alpha * eye, inside @ basis.T)
+    return written

@@ -38,7 +38,8 @@ def write(keys: torch.Tensor, moment: torch.Tensor, preserve: float) -> torch.Te
     K = keys.double().T
     X = torch.linalg.solve(preserve * ridged(moment.to(K)), K)
     eye = torch.eye(K.shape[1]).to(K)
-    return torch.linalg.solve(eye + K.T @ X, X.T)
+    written: torch.Tensor = torch.linalg.solve(eye + K.T @ X, X.T)
+    return written
 
 
 def ridged(moment: torch.Tensor) -> torch.Tensor:

@@ -75,8 +75,8 @@ def mean_keys(job: Job, layers: list[int]) -> dict[int, torch.Tensor]:
     total: dict[int, torch.Tensor] = {}
     for group in batches(lengths):
         for layer, found in inputs_of(job.model, [job.text[i] for i in group], layers).items():
-            own = sum(found[r, : lengths[i]].sum(0) for r, i in enumerate(group))
-            total[layer] = total.get(layer, torch.zeros_like(own)) + own
+            own = torch.stack([found[r, : lengths[i]].sum(0) for r, i in enumerate(group)]).sum(0)
+            total[layer] = total[layer] + own if layer in total else own
     return {layer: value / sum(lengths) for layer, value in total.items()}
 
 

@@ -29,7 +29,8 @@ def fact_keys(job: Job, layer: int) -> torch.Tensor:
     prompts: list[list[Encoded]] = [[e, *m] for e, m in zip(job.encoded, more, strict=True)]
     flat = [prompt for own in prompts for prompt in own]
     found = keys(model, [p.prompt for p in flat], [p.subject for p in flat], [layer])[layer]
-    return torch.stack([part.mean(0) for part in found.split([len(own) for own in prompts])])
+    parts = torch.split(found, [len(own) for own in prompts])
+    return torch.stack([part.mean(0) for part in parts])
 
 
 def spread(job: Job, layers: Sequence[int], change: torch.Tensor, solve: Solve) -> Deltas:
