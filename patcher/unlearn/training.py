@@ -225,7 +225,7 @@ def drawn(need: torch.Tensor, count: int, draw: torch.Generator) -> list[int]:
     if len(need) <= count:
         return list(range(len(need)))
     seen = need[~need.isnan()]
-    most = float(seen.max()) if len(seen) else 1.0
+    most = (float(seen.max()) if len(seen) else 0.0) or 1.0
     weights = need.nan_to_num(nan=most).clamp(min=0)
     weights = weights + FLOOR * weights.mean() + 1e-9
     return sorted(torch.multinomial(weights, count, generator=draw).tolist())
