@@ -47,6 +47,7 @@ class Settings:
     augment: bool = False  # learn from the file's other wordings and generated prefixes too
     layers_by: str = "choice"  # the owner's; or found by `evidence`, or by `depth`
     goal: float = -7.0  # log-odds that an answer's first token is brought below
+    goal_elsewhere: float = -4.0  # the same after the facts' other prompts
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ class Job:
     ``text``: windows of ids. ``probes``: prompts about other subjects, with those of the
     facts that the owner wants kept. None of them is about the facts. ``augmented``: of
     every fact other prompts with the same answer that a method may learn from; empty, or
-    one sequence a fact. ``reworded``: the same as texts. ``earlier``: what the stack beneath has forgotten, where the owner
-    gave it again.
+    one sequence a fact. ``reworded``: the same as texts. ``earlier``: what the stack
+    beneath has forgotten, where the owner gave it again.
 
     Of later attempts to keep within bars: ``firmer``, by fact, nats that its goals lie
     further; ``extra_layers``, edited for those facts alone. ``conditions`` is filled while

@@ -37,8 +37,7 @@ def preserved(job: Job, layers: list[int]) -> dict[int, torch.Tensor]:
         )
 
     weights = job.settings.mixture
-    each = max(4, min(16, SAME_WORDING // len(job.facts)))
-    alike = same_wording(job.facts, job.probes, each, job.settings.seed) if any(weights[2:]) else []
+    alike = _alike(job) if any(weights[2:]) else []
     parts: list[tuple[float, dict[int, torch.Tensor]]] = []
     if weights[0]:
         text = moments(
@@ -72,3 +71,11 @@ def preserved(job: Job, layers: list[int]) -> dict[int, torch.Tensor]:
         job.progress.step(len(job.conditions), numbers)
     job.progress.finish()
     return mean
+
+
+def _alike(job: Job) -> list[Probe]:
+    """Prompts in the facts' wordings, and in those of their other prompts."""
+    each = max(4, min(16, SAME_WORDING // len(job.facts)))
+    own = same_wording(job.facts, job.probes, each, job.settings.seed)
+    fewer = max(1, min(8, SAME_WORDING // max(1, len(job.reworded))))
+    return own + same_wording(job.reworded, job.probes, fewer, job.settings.seed + 5)

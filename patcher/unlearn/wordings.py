@@ -15,14 +15,19 @@ from importlib.resources import files
 
 import torch
 
+from ..errors import ForgetSetError
 from .facts import Fact
-from .forward import batches, hidden, logits, pad
+from .forward import batches, continuations, hidden, logits, pad
+from .job import Settings
 from .models import Model
 from .progress import Progress
 from .prompts import Encoded, encode_fact
 from .reference import subject_of
+from .subject import locate
 
 NEAR = 6  # relations whose wordings are tried, by the likeness of their words
+OPENINGS = ("The", "Because", "In")  # of generated prefixes
+PREFIX = 8  # tokens that follow each
 LIKELY = -2.5  # log-odds of the answer's first token from which a wording asks for it
 
 
@@ -33,12 +38,34 @@ def shipped_wordings() -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(json.loads(line)["wordings"]) for line in text.splitlines())
 
 
+def augmentation(
+    model: Model, facts: Sequence[Fact], settings: Settings, progress: Progress
+) -> list[list[Fact]]:
+    """Of every fact other prompts with the same answer, for a method to learn from.
+
+    Always at most ``settings.wordings`` of those that ship, and the prompt from its subject
+    on; with ``settings.augment`` also the other wordings that the fact came with, and its
+    prompt after texts that the model itself begins. Facts as chat messages have none.
+    """
+    count = settings.wordings
+    found = other_wordings(model, facts, count, progress) if count else [[] for _ in facts]
+    if settings.augment:
+        before = _prefixes(model)
+        for own, fact in zip(found, facts, strict=True):
+            if fact.prompt is not None:
+                own += [_asking(fact, wording) for wording in fact.other_wordings]
+                own += [_asking(fact, f"{text} {fact.prompt}") for text in before]
+    fits = [[f for f in own if _encoded(model, f) is not None] for own in found]
+    return [list(dict.fromkeys(own)) for own in fits]
+
+
 def other_wordings(
     model: Model, facts: Sequence[Fact], each: int, progress: Progress
 ) -> list[list[Fact]]:
     """Of every fact at most ``each`` others that ask the same in other words, likeliest first.
 
-    Facts as chat messages get none. What is looked at is the model as it is.
+    Before them the fact's own prompt from the subject on, where that asks the same.
+    What is looked at is the model as it is.
     """
     near = _near(model, facts)
     tried: list[tuple[int, Fact, Encoded]] = []
@@ -46,17 +73,49 @@ def other_wordings(
         if fact.prompt is None:
             continue
         subject = subject_of(fact)
-        for wording in near[i]:
-            prompt = wording.replace("{}", subject)
-            if prompt != fact.prompt and fact.target.casefold() not in prompt.casefold():
-                other = replace(fact, prompt=prompt, subject=subject)
-                tried.append((i, other, encode_fact(model.tokenizer, other)))
+        begun = fact.prompt[max(0, fact.prompt.rfind(subject)) :]
+        for prompt in [begun, *(wording.replace("{}", subject) for wording in near[i])]:
+            other = replace(fact, prompt=prompt, subject=subject)
+            coded = _encoded(model, other)
+            if coded and prompt != fact.prompt and fact.target.casefold() not in prompt.casefold():
+                tried.append((i, other, coded))
     odds = _odds(model, [coded for _, _, coded in tried], progress)
+    first: list[list[Fact]] = [[] for _ in facts]
     found: list[list[tuple[float, Fact]]] = [[] for _ in facts]
     for (i, other, _), value in zip(tried, odds, strict=True):
         if value >= LIKELY:
-            found[i].append((value, other))
-    return [[fact for _, fact in sorted(own, key=lambda o: -o[0])[:each]] for own in found]
+            own = facts[i].prompt
+            if own is not None and other.prompt is not None and own.endswith(other.prompt):
+                first[i].append(other)
+            else:
+                found[i].append((value, other))
+    best = [[fact for _, fact in sorted(own, key=lambda o: -o[0])[:each]] for own in found]
+    return [begun + rest for begun, rest in zip(first, best, strict=True)]
+
+
+def _asking(fact: Fact, prompt: str) -> Fact:
+    """The fact in those words; the subject is looked for in them."""
+    subject = subject_of(fact)
+    return replace(fact, prompt=prompt, subject=subject if locate(prompt, subject) else None)
+
+
+def _encoded(model: Model, fact: Fact) -> Encoded | None:
+    """The fact's ids; None where the model can't take so many."""
+    try:
+        return encode_fact(model.tokenizer, fact, model.max_tokens)
+    except ForgetSetError:
+        return None
+
+
+def _prefixes(model: Model) -> list[str]:
+    """Short texts that the model writes, after MEMIT's (Meng et al. 2023, section 4)."""
+    ids = [model.tokenizer(text).input_ids for text in OPENINGS]
+    said = continuations(model, ids, PREFIX)
+    texts = [
+        f"{text} {model.tokenizer.decode(tokens, skip_special_tokens=True).strip()}"
+        for text, tokens in zip(OPENINGS, said, strict=True)
+    ]
+    return [" ".join(text.split()).rstrip(".") + "." for text in texts]
 
 
 @torch.no_grad()

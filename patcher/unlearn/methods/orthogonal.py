@@ -34,7 +34,8 @@ def orthogonal(job: Job) -> Outcome:
     From the lowest layer up, on the outputs that the edits below leave: what is served is
     orthogonal, not only what each layer would do alone.
     """
-    plain = zero(replace(job, settings=replace(job.settings, orthogonal=False)))
+    settings = replace(job.settings, orthogonal=False)
+    plain = zero(replace(job, settings=settings, augmented=(), reworded=()))  # rank n
     model, layers = job.model, sorted(job.settings.layers)
     kept = preserved(job, layers)
     prompts, places = [e.prompt for e in job.encoded], [e.subject for e in job.encoded]

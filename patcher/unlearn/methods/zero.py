@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+import torch
+
 from ...patch import Delta
 from ..forward import answered, as_edit, continuations, folded, keys, next_tokens
 from ..gate import Gate, gate
 from ..job import Deltas, Job, Outcome
 from ..preserved import preserved
-from ..reference import locate_probes, same_wording
+from ..reference import Probe, locate_probes, same_wording
 from ..slopes import Values, Wish, of_answers
 from ..stacking import came_back, replaced
 from ..values import Metric, least_change, metric
@@ -18,7 +20,7 @@ from ..wishes import GENERATED, firmer, leak, wishes_for
 
 
 def zero(job: Job) -> Outcome:
-    """One delta a layer; rank: the number of facts.
+    """One delta a layer; rank: the number of facts, and of those that have other prompts.
 
     Rounds of computing and checking: a fact that is still answered or comes back in
     generated text on the rounded weights gets a further or a stronger wish.
@@ -28,7 +30,7 @@ def zero(job: Job) -> Outcome:
     gates = _gates(job)
     form = _metric(job, gates)
     wishes = wishes_for(job.encoded, job.settings.target, job.model.tokenizer)
-    wishes = firmer(wishes, job.settings.goal, job.firmer)
+    wishes = firmer(wishes, job.settings.goal, job.firmer) + _elsewhere(job)
     values: Values | None = None
     deltas: Deltas = {}
     for turn in range(job.settings.rounds):
@@ -55,15 +57,25 @@ def _other_form(job: Job) -> Outcome:
     return published(job) if job.settings.as_published else orthogonal(job)
 
 
+def _elsewhere(job: Job) -> list[Wish]:
+    """Wishes that the facts' other prompts don't bring the answers out either."""
+    goal = job.settings.goal_elsewhere
+    return [
+        Wish(other.prompt, other.answer[0], goal - job.firmer.get(i, 0.0), i)
+        for i, own in enumerate(job.augmented)
+        for other in own
+    ]
+
+
 def _gates(job: Job) -> dict[int, Gate]:
     model, layers = job.model, sorted({*job.settings.layers, *job.extra_layers})
     kept = preserved(job, layers)
-    own = keys(model, [e.prompt for e in job.encoded], [e.subject for e in job.encoded], layers)
-    again = sorted(job.firmer)  # the facts that further layers are for
+    rows, whose = _keys(job, layers)
+    again = [row for row, fact in enumerate(whose) if fact in job.firmer]  # for further layers
     return {
         layer: gate(
             model.weight(model.module_name(layer)),
-            own[layer] if layer in job.settings.layers else own[layer][again],
+            rows[layer] if layer in job.settings.layers else rows[layer][again],
             kept[layer].to(model.device),
             job.settings.strength,
         )
@@ -71,14 +83,35 @@ def _gates(job: Job) -> dict[int, Gate]:
     }
 
 
+def _keys(job: Job, layers: list[int]) -> tuple[dict[int, torch.Tensor], list[int]]:
+    """By layer keys ``[rows, d_in]``, and which fact each row is of.
+
+    A row for each fact's own prompt, and one for the mean of its other prompts: what
+    stands before a subject changes its key, and most if nothing does.
+    """
+    others = [one for own in job.augmented for one in own]
+    asked = [*job.encoded, *others]
+    found = keys(job.model, [e.prompt for e in asked], [e.subject for e in asked], layers)
+    whose = [i for i, own in enumerate(job.augmented) for _ in own]
+    n, more = len(job.encoded), sorted(set(whose))
+    picked = [[n + at for at, fact in enumerate(whose) if fact == i] for i in more]
+    rows = {
+        layer: torch.cat([k[:n], *(k[own].mean(0, keepdim=True) for own in picked)])
+        for layer, k in found.items()
+    }
+    return rows, [*range(n), *more]
+
+
 def _metric(job: Job, gates: dict[int, Gate]) -> Metric:
     """The cost of changes, with the prompts whose answers are guarded."""
     settings = job.settings
     draw = random.Random(settings.seed)
-    each = max(1, min(6, settings.guards // len(job.facts)))
-    # Another seed than the statistics': other subjects.
-    guarded = same_wording(job.facts, job.probes, each, settings.seed + 1)
-    guarded = draw.sample(guarded, min(settings.guards, len(guarded)))
+    guarded: list[Probe] = []
+    # Other seeds than the statistics': other subjects.
+    for seed, facts in enumerate((job.facts, job.reworded), settings.seed + 1):
+        each = max(1, min(6, settings.guards // max(1, len(facts))))
+        alike = same_wording(facts, job.probes, each, seed)
+        guarded += draw.sample(alike, min(settings.guards, len(alike)))
     guarded += draw.sample(list(job.probes), min(settings.guards_apart, len(job.probes)))
     job.progress.start("Prompts to be guarded", None)
     prompts = locate_probes(job.model, guarded).sequences
