@@ -166,7 +166,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", default=str(ROOT / ".models/smollm2-135m-instruct"))
     add("--data", type=Path, default=ROOT / "tests/data")
-    add("--methods", nargs="+", default=[*METHODS, *VARIANTS], metavar="METHOD")
+    add("--methods", nargs="+", metavar="METHOD", help="default: all; of stacks: zero")
     add("--facts", type=int, nargs="+", default=[10, 50, 200])
     add("--seed", type=int, nargs="+", default=[0, 1, 2])
     add("--part", choices=PARTS, default="unseen")
@@ -178,7 +178,9 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--results", type=Path, default=RESULTS)
     add("--render", action="store_true", help="only write docs/results.md and its plots")
     add("--page", type=Path, default=PAGE)
-    return parser.parse_args(words)
+    args = parser.parse_args(words)
+    args.methods = args.methods or (["zero"] if args.stacked else [*METHODS, *VARIANTS])
+    return args
 
 
 def main() -> int:

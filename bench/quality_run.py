@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -53,7 +54,7 @@ class Base:
         self.windows = cut(self.model, data.text[:characters])
         self.used = used_in_computing()
         self.shipped = shipped_prompts()
-        self._file = cache_folder() / f"bench-{self.model.digest()[:24]}-{len(self.windows)}.json"
+        self._file = cache_folder() / f"bench-{self.model.digest()[:24]}.json"
         self._said: dict[str, bool] = {}
         self._perplexity: float | None = None
         if self._file.is_file():
@@ -72,7 +73,7 @@ class Base:
             said = answered(self.model, list(fresh.values()))
             self._said.update(zip(fresh, said, strict=True))
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            beside = self._file.with_suffix(".tmp")
+            beside = self._file.with_suffix(f".{os.getpid()}.tmp")
             beside.write_text(json.dumps(self._said), "utf-8")
             beside.replace(self._file)
         return [self._said[name] for name in names]
