@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from ..errors import BaseMismatchError
-from ..patch import Patch, check_module
+from ..patch import Patch
 from ..unlearn.choosing import choose
 from ..unlearn.facts import Source, read_facts
 from ..unlearn.forward import Edit, answered, folded
@@ -18,6 +17,7 @@ from ..unlearn.models import Model, load
 from ..unlearn.progress import Progress, Silent
 from ..unlearn.prompts import encode_facts
 from ..unlearn.reference import read_text
+from ..unlearn.stacking import edit_of
 from . import general
 from .intervals import Outcome, share
 from .probes import Asked, Setting, askable, choose_probes, looked, told
@@ -89,7 +89,7 @@ def evaluate(
     teller.start("Loading the model", None)
     loaded = load(model, dtype, device)
     teller.finish()
-    edits = [_edit(loaded, patch) for patch in stack]
+    edits = [edit_of(loaded, patch) for patch in stack]
     chosen = choose(loaded, facts, known_only, limit, teller)
     asked = [
         Asked(fact, ids, rows.get(fact.line, {}))
@@ -139,20 +139,6 @@ def evaluate(
         targets=tuple(one.fact.target for one in asked),
         replies={"base": plain["says"], "patched": found["says"]} if "says" in ready else {},
     )
-
-
-def _edit(model: Model, patch: Patch) -> Edit:
-    """The patch's deltas, once its base is seen to be this model."""
-    for name, base in patch.manifest.base.modules.items():
-        try:
-            weight = model.served(name)
-        except AttributeError:
-            raise BaseMismatchError(
-                f"The model has no {name}, which the patch changes.",
-                "Give the model that the patch was computed on.",
-            ) from None
-        check_module(name, base, weight)
-    return {name: delta.to_torch() for name, delta in patch.deltas.items()}
 
 
 def _layers(model: Model, stack: Sequence[Patch]) -> tuple[int, ...]:
