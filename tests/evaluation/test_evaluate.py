@@ -154,3 +154,19 @@ def test_the_real_model_knows_what_the_data_says(real_model: Path) -> None:
     report = evaluate(real_model, forget=tiny.DATA / "facts.jsonl", dtype="bfloat16")
     assert (report.facts, report.known) == (204, 180)
     assert report.base.efficacy.yes == 180
+
+
+@pytest.mark.model
+def test_the_real_model_is_probed(real_model: Path) -> None:
+    forget = tiny.DATA / "facts.jsonl"
+    probes = "rank,chat,says,lens,quantise"
+    report = evaluate(real_model, forget=forget, known_only=True, limit=4, probes=probes)
+    found = {name: one["base"] for name, one in report.probes.items()}
+    assert found["rank"]["each"] == [1] * 4
+    assert found["says"]["answer"]["yes"] == 4
+    assert found["chat"]["any"]["yes"] >= 1
+    # What is known is read out late, not early.
+    by_layer = [share["yes"] for share in found["lens"]["layers"]]
+    assert len(by_layer) == 30
+    assert (by_layer[0], by_layer[-1]) == (0, 4)
+    assert found["quantise"]["int8"]["efficacy"]["yes"] == 4
