@@ -46,8 +46,8 @@ class Settings:
     wordings: int = 4  # shipped wordings that a fact is learned in beside its own, at most
     augment: bool = False  # learn from the file's other wordings and generated prefixes too
     layers_by: str = "choice"  # the owner's; or found by `evidence`, or by `depth`
-    goal: float = -7.0  # log-odds that an answer's first token is brought below
-    goal_elsewhere: float = -4.0  # the same after the facts' other prompts
+    goal: float = -6.0  # log-odds that an answer's first token is brought below
+    goal_elsewhere: float = -2.5  # the same after the facts' other prompts
 
 
 @dataclass(frozen=True)
