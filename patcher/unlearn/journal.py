@@ -7,9 +7,6 @@ missing. Entries hold numbers only, no text of a fact.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import secrets
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +15,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load as parse
 from safetensors.torch import save as render
+
+from . import checksummed
 
 
 @dataclass(frozen=True)
@@ -31,9 +30,8 @@ class Journal:
         if self.folder is None:
             return None
         try:
-            data = (self.folder / f"{name}.entry").read_bytes()
-            body, checksum = data[:-32], data[-32:]
-            return parse(body) if hashlib.sha256(body).digest() == checksum else None
+            body = checksummed.read(self.folder / f"{name}.entry")
+            return None if body is None else parse(body)
         except Exception:  # whatever is wrong with it, it is computed again
             return None
 
@@ -42,15 +40,7 @@ class Journal:
         if self.folder is None:
             return
         body = render({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
-        path = self.folder / f"{name}.entry"
-        fresh = path.with_name(f".{name}.{secrets.token_hex(4)}.tmp")
-        with contextlib.suppress(OSError):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            try:
-                fresh.write_bytes(body + hashlib.sha256(body).digest())
-                fresh.replace(path)
-            finally:
-                fresh.unlink(missing_ok=True)
+        checksummed.write(self.folder / f"{name}.entry", body)
 
     def clear(self) -> None:
         """Remove all entries: the computation is done."""

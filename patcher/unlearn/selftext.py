@@ -7,18 +7,17 @@ tokenizers put nothing before a text, and a model has to begin somewhere.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import random
 import re
-import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from ..errors import InputError, ModelError
+from . import checksummed
 from .facts import Fact
 from .forward import logits
 from .models import Model
@@ -161,22 +160,11 @@ def _name(model: Model, tokens: int, seed: int) -> str:
 
 def _read(path: Path) -> list[str] | None:
     try:
-        data = path.read_bytes()
-        body, checksum = data[:-32], data[-32:]
-        if hashlib.sha256(body).digest() != checksum:
-            return None
-        return body.decode().split(SEPARATOR)
-    except (OSError, UnicodeDecodeError):  # it is written again
+        body = checksummed.read(path)
+        return None if body is None else body.decode().split(SEPARATOR)
+    except UnicodeDecodeError:  # it is written again
         return None
 
 
 def _keep(path: Path, pieces: Sequence[str]) -> None:
-    body = SEPARATOR.join(pieces).encode()
-    fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            fresh.write_bytes(body + hashlib.sha256(body).digest())
-            fresh.replace(path)
-        finally:
-            fresh.unlink(missing_ok=True)
+    checksummed.write(path, SEPARATOR.join(pieces).encode())

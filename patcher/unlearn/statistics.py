@@ -7,11 +7,9 @@ or of another shape, is computed again.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +17,7 @@ import torch
 from safetensors.torch import load as parse
 from safetensors.torch import save as render
 
+from . import checksummed
 from .forward import batches, inputs_of
 from .models import Model
 from .progress import Progress
@@ -119,23 +118,11 @@ def _path(cache: Path, name: str, layer: int) -> Path:
 
 def _read(cache: Path, name: str, layer: int) -> torch.Tensor | None:
     try:
-        data = _path(cache, name, layer).read_bytes()
-        body, checksum = data[:-32], data[-32:]
-        if hashlib.sha256(body).digest() != checksum:
-            return None
-        return parse(body)["moment"]
+        body = checksummed.read(_path(cache, name, layer))
+        return None if body is None else parse(body)["moment"]
     except Exception:  # whatever is wrong with it, it is computed again
         return None
 
 
 def _write(cache: Path, name: str, layer: int, moment: torch.Tensor) -> None:
-    path = _path(cache, name, layer)
-    fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    body = render({"moment": moment.contiguous()})
-    with contextlib.suppress(OSError):
-        cache.mkdir(parents=True, exist_ok=True)
-        try:
-            fresh.write_bytes(body + hashlib.sha256(body).digest())
-            fresh.replace(path)
-        finally:
-            fresh.unlink(missing_ok=True)
+    checksummed.write(_path(cache, name, layer), render({"moment": moment.contiguous()}))
