@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from patcher.cli.options import Command, data_options, existing_file, json_option, stack_options
+from patcher.cli.options import (
+    Command,
+    data_options,
+    existing_file,
+    json_option,
+    only_given,
+    stack_options,
+)
 from patcher.cli.output import facts, note, print_json, size, table
 from patcher.cli.progress import shown_progress
 from patcher.errors import BarsNotMetError, UsageError
@@ -32,7 +39,7 @@ def bar_options(command: Command) -> Command:
     @functools.wraps(command)
     def given(**options: Any) -> Any:
         bars = {name: options.pop(name) for name in _BARS}
-        return command(**options, bars=_given(bars))
+        return command(**options, bars=only_given(bars))
 
     wrapped: Any = given
     for name, text in reversed(_BARS.items()):
@@ -130,7 +137,7 @@ def compute(
     failure: BarsNotMetError | None = None
     with shown_progress(verbose) as progress:
         try:
-            result = run(**_given(wishes), bars=wanted, progress=progress)
+            result = run(**only_given(wishes), bars=wanted, progress=progress)
         except BarsNotMetError as error:
             failure, result = error, error.result
     if as_json:
@@ -177,11 +184,6 @@ def _print(result: ComputeResult) -> None:
                 for name, one in bars.items()
             ],
         )
-
-
-def _given(wishes: Mapping[str, Any]) -> dict[str, Any]:
-    # An option that wasn't given leaves the default to the function.
-    return {name: value for name, value in wishes.items() if value is not None}
 
 
 def _effect(found: Mapping[str, Any]) -> list[tuple[str, object]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from patcher.cli.options import data_options, existing_file, json_option
+from patcher.cli.options import data_options, existing_file, json_option, only_given
 from patcher.cli.output import note, percent, print_json, table
 from patcher.cli.progress import shown_progress
 from patcher.errors import UsageError
@@ -103,7 +103,7 @@ def evaluate(
 
     tasks = [] if lm_eval is None else lm_eval.split(",")
     with shown_progress(verbose) as progress:
-        found = run(**_given(wishes), lm_eval=tasks, progress=progress)
+        found = run(**only_given(wishes), lm_eval=tasks, progress=progress)
     if report is not None:
         write_page(report, {"this evaluation": found}, with_texts=with_texts)
     document = found.as_dict(with_texts=with_texts)
@@ -111,11 +111,6 @@ def evaluate(
         print_json(document)
     else:
         _print_report(document)
-
-
-def _given(wishes: Mapping[str, Any]) -> dict[str, Any]:
-    # An option that wasn't given leaves the default to the function.
-    return {name: value for name, value in wishes.items() if value is not None}
 
 
 def _print_report(document: Mapping[str, Any]) -> None:

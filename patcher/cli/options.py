@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -24,6 +24,11 @@ def json_option(command: Command) -> Command:
     return click.option(
         "--json", "as_json", is_flag=True, help="Print one JSON document on stdout, nothing else."
     )(command)
+
+
+def only_given(wishes: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that were given; the others are left to the function's own defaults."""
+    return {name: value for name, value in wishes.items() if value is not None}
 
 
 def address_options(*, required: bool) -> Callable[[Command], Command]:

@@ -81,6 +81,10 @@ class Job:
     extra_layers: tuple[int, ...] = ()
     conditions: dict[int, float] = field(default_factory=dict)
 
+    def prompts(self) -> list[Encoded]:
+        """The facts' own prompts in their order, and after them the augmented ones."""
+        return [*self.encoded, *(other for own in self.augmented for other in own)]
+
 
 @dataclass(frozen=True)
 class Outcome:

@@ -18,20 +18,26 @@ Asked = tuple[Sequence[int], Sequence[int]]  # ids of a prompt and of what is to
 class Survivors:
     """``still``: facts that are still answered. ``unsaid``: wanted texts that are not said.
 
-    ``leaks``: places where an answer turns up in generated text, or one comes back that
-    the stack beneath had forgotten.
+    ``leaks``: places where an answer turns up in generated text. ``returned``: where one
+    comes back that the stack beneath had forgotten.
     """
 
     still: list[int]
     unsaid: list[int]
     leaks: list[Wish]
+    returned: list[Wish]
 
     def __bool__(self) -> bool:
-        return bool(self.still or self.unsaid or self.leaks)
+        return bool(self.still or self.unsaid or self.leaks or self.returned)
 
 
 def survivors(
-    job: Job, deltas: Deltas, said: Sequence[Asked] = (), *, quick: bool = False
+    job: Job,
+    deltas: Deltas,
+    said: Sequence[Asked] = (),
+    *,
+    asked: Sequence[Wish] = (),
+    quick: bool = False,
 ) -> Survivors:
     """What outlives the edit.
 
@@ -39,6 +45,7 @@ def survivors(
         job: facts and model.
         deltas: as they are stored.
         said: what the model is to say instead, if anything.
+        asked: wishes against what returned already: theirs come again, and stronger.
         quick: generate only where nothing else survives.
     """
     model = job.model
@@ -47,11 +54,11 @@ def survivors(
         still = [i for i, yes in enumerate(told) if yes]
         unsaid = [i for i, yes in enumerate(answered(model, list(said))) if not yes]
         if quick and (still or unsaid):
-            return Survivors(still, unsaid, [])
+            return Survivors(still, unsaid, [], [])
         texts = continuations(model, [e.prompt for e in job.encoded], GENERATED)
-        returned = came_back(model, job.earlier, [])
+        returned = came_back(model, job.earlier, asked)
     found = [
         leak(model.tokenizer, encoded, i, fact.target, texts[i])
         for i, (fact, encoded) in enumerate(zip(job.facts, job.encoded, strict=True))
     ]
-    return Survivors(still, unsaid, [wish for wish in found if wish] + returned)
+    return Survivors(still, unsaid, [wish for wish in found if wish], returned)

@@ -45,6 +45,12 @@ def firmer(wishes: Sequence[Wish], goal: float, further: Mapping[int, float]) ->
     ]
 
 
+def unasked(found: Sequence[Wish], wishes: Sequence[Wish]) -> list[Wish]:
+    """Those of ``found`` that are about a place and token that no wish is about."""
+    known = {(tuple(wish.ids), wish.token) for wish in wishes}
+    return [wish for wish in found if (tuple(wish.ids), wish.token) not in known]
+
+
 def leak(
     tokenizer: Any, fact: Encoded, index: int, target: str, continuation: Sequence[int]
 ) -> Wish | None:

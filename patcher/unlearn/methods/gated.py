@@ -20,7 +20,7 @@ from ..retaining import retain_terms
 from ..slopes import Wish
 from ..survivors import survivors
 from ..training import Factors, Penalty, Plan, Row, Term, train
-from ..wishes import wishes_for
+from ..wishes import unasked, wishes_for
 from .zero import zero
 
 STEPS = 60
@@ -54,8 +54,7 @@ def zero_gated(job: Job) -> Outcome:
         )
         taken += steps
         left = survivors(job, factors.stored(job), said)
-        known = {(tuple(wish.ids), wish.token) for wish in wishes}
-        wishes += [w for w in left.leaks if (tuple(w.ids), w.token) not in known]
+        wishes += unasked([*left.leaks, *left.returned], wishes)
         if not left:
             break
     return Outcome(
@@ -93,8 +92,7 @@ def _start(job: Job) -> Factors:
 
 
 def _wishes(job: Job) -> list[Wish]:
-    prompts = [*job.encoded, *(extra for own in job.augmented for extra in own)]
-    return wishes_for(prompts, job.settings.target, job.model.tokenizer)
+    return wishes_for(job.prompts(), job.settings.target, job.model.tokenizer)
 
 
 def hinge(wishes: list[Wish]) -> Term:

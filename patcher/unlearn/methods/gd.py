@@ -64,7 +64,7 @@ def zero_gd(job: Job) -> Outcome:
         left = survivors(job, deltas)
         if not left:
             break
-        again = sorted({*left.still, *(wish.fact for wish in left.leaks if wish.fact >= 0)})
+        again = sorted({*left.still, *(wish.fact for wish in left.leaks)})
         emphasis[again] *= STRONGER
         change[again] *= 1.25
     return Outcome(

@@ -17,7 +17,7 @@ from ..retaining import retain_terms
 from ..slopes import Wish
 from ..survivors import Asked, survivors
 from ..training import Factors, Loss, Plan, Row, Term, judged, train
-from ..wishes import wishes_for
+from ..wishes import unasked, wishes_for
 
 RANK = 32  # at most; two a fact where there are fewer
 AT_ONCE = 24  # prompts about the facts in a step
@@ -35,7 +35,7 @@ def ft(job: Job) -> Outcome:
 
     ``suppress`` names no text: then it is the most likely first token that is not the answer's.
     """
-    prompts = _prompts(job)
+    prompts = job.prompts()
     said = _said(job, prompts)
     rows = _rows(prompts, said)
 
@@ -47,7 +47,7 @@ def ft(job: Job) -> Outcome:
 
 def ga(job: Job) -> Outcome:
     """Gradient ascent: the answer becomes unlikely, down to ``BOTTOM`` and no further."""
-    prompts = _prompts(job)
+    prompts = job.prompts()
     rows = _rows(prompts, [p.answer for p in prompts])
 
     def loss(row: int, scores: torch.Tensor) -> torch.Tensor:
@@ -62,7 +62,7 @@ def npo(job: Job) -> Outcome:
     ``(2/β) E[log(1 + (π(answer)/π_base(answer))^β)]``: as ascent, but slower the further
     an answer has fallen.
     """
-    prompts = _prompts(job)
+    prompts = job.prompts()
     rows = _rows(prompts, [p.answer for p in prompts])
     base = _base_log_probabilities(job, rows, [p.answer for p in prompts])
 
@@ -71,11 +71,6 @@ def npo(job: Job) -> Outcome:
         return (2 / BETA) * softplus(BETA * fallen)
 
     return _trained(job, rows, loss, None, {"rate": RATE, "beta": BETA})
-
-
-def _prompts(job: Job) -> list[Encoded]:
-    """The facts' prompts, and after them those that were generated of them."""
-    return [*job.encoded, *(extra for own in job.augmented for extra in own)]
 
 
 def _rows(prompts: list[Encoded], said: list[list[int]]) -> list[Row]:
@@ -147,8 +142,7 @@ def _trained(
         left = survivors(job, factors.stored(job), goal)
         if not left:
             break
-        known = {(tuple(wish.ids), wish.token) for wish in leaks}
-        leaks += [w for w in left.leaks if (tuple(w.ids), w.token) not in known]
+        leaks += unasked([*left.leaks, *left.returned], leaks)
     rank = next(iter(factors.left.values())).shape[1]
     return Outcome(
         factors.stored(job),

@@ -8,15 +8,16 @@ from dataclasses import replace
 import torch
 
 from ...patch import Delta
-from ..forward import answered, as_edit, continuations, folded, keys, next_tokens
+from ..forward import keys
 from ..gate import Gate, gate
 from ..job import Deltas, Job, Outcome
 from ..preserved import preserved
 from ..reference import Probe, locate_probes, same_wording
 from ..slopes import Values, Wish, of_answers
-from ..stacking import came_back, replaced
+from ..stacking import replaced
+from ..survivors import survivors
 from ..values import Metric, least_change, metric
-from ..wishes import GENERATED, firmer, leak, wishes_for
+from ..wishes import firmer, unasked, wishes_for
 
 
 def zero(job: Job) -> Outcome:
@@ -89,8 +90,7 @@ def _keys(job: Job, layers: list[int]) -> tuple[dict[int, torch.Tensor], list[in
     A row for each fact's own prompt, and one for the mean of its other prompts: what
     stands before a subject changes its key, and most if nothing does.
     """
-    others = [one for own in job.augmented for one in own]
-    asked = [*job.encoded, *others]
+    asked = job.prompts()
     found = keys(job.model, [e.prompt for e in asked], [e.subject for e in asked], layers)
     whose = [i for i, own in enumerate(job.augmented) for _ in own]
     n, more = len(job.encoded), sorted(set(whose))
@@ -131,27 +131,13 @@ def _deltas(job: Job, gates: dict[int, Gate], values: Values) -> Deltas:
 
 def _unmet(job: Job, deltas: Deltas, wishes: list[Wish]) -> list[Wish]:
     """The wishes with those that the check on rounded weights adds; empty if all is well."""
-    with folded(job.model, as_edit(deltas)):
-        still = answered(job.model, [(e.prompt, e.answer) for e in job.encoded])
-        texts = continuations(job.model, [e.prompt for e in job.encoded], GENERATED)
-        returned = came_back(job.model, job.earlier, wishes)
-        rising = [w for w in wishes if w.rise]
-        unsaid = [
-            w.fact
-            for w, token in zip(
-                rising, next_tokens(job.model, [w.ids for w in rising]), strict=True
-            )
-            if token != w.token
-        ]
-    stronger = {i for i, said in enumerate(still) if said} | set(unsaid)
+    rising = [wish for wish in wishes if wish.rise]
+    left = survivors(job, deltas, [(wish.ids, [wish.token]) for wish in rising], asked=wishes)
+    stronger = {*left.still, *(rising[i].fact for i in left.unsaid)}
     grown = [
         replace(w, goal=w.goal + (2.0 if w.rise else -2.0)) if w.fact in stronger else w
         for w in wishes
     ]
-    known = {(tuple(w.ids), w.token) for w in wishes}
-    for i, (fact, encoded) in enumerate(zip(job.facts, job.encoded, strict=True)):
-        wish = leak(job.model.tokenizer, encoded, i, fact.target, texts[i])
-        if wish and (tuple(wish.ids), wish.token) not in known:
-            grown.append(wish)
-    grown = replaced(grown, returned)
-    return grown if stronger or returned or len(grown) > len(wishes) else []
+    grown += unasked(left.leaks, wishes)
+    grown = replaced(grown, left.returned)
+    return grown if stronger or left.returned or len(grown) > len(wishes) else []
