@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import resource
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -70,7 +71,16 @@ def apart(function: Callable[..., Any], *arguments: Any, limit: float | None = N
     return found
 
 
+def _end_with_parent() -> None:
+    """A caller that was killed can't end what it started: this process does so itself."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
 def _inside(out: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         resting = memory("VmRSS")
         begun = time.monotonic()

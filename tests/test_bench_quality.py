@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -211,3 +214,33 @@ def test_a_process_of_its_own_gives_its_result_or_says_how_it_ended() -> None:
         apart.apart(sorted, 1)
     with pytest.raises(apart.ApartError, match="exit code 3"):
         apart.apart(os._exit, 3)
+
+
+def test_such_a_process_ends_with_a_caller_that_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "calls.py"
+    script.write_text(
+        "import pathlib, os, sys, time\n"
+        f"sys.path.insert(0, {str(REPOSITORY / 'bench')!r})\n"
+        "import apart\n"
+        "def stay(file):\n"
+        "    pathlib.Path(file).write_text(str(os.getpid()))\n"
+        "    time.sleep(60)\n"
+        "if __name__ == '__main__':\n"
+        "    apart.apart(stay, sys.argv[1])\n"
+    )
+    told = tmp_path / "pid"
+    caller = subprocess.Popen([sys.executable, str(script), str(told)])
+    try:
+        until(lambda: told.is_file() and told.read_text() != "")
+    finally:
+        caller.kill()
+        caller.wait()
+    until(lambda: not Path(f"/proc/{told.read_text()}").exists())
+
+
+def until(true: Callable[[], bool]) -> None:
+    for _ in range(300):
+        if true():
+            return
+        time.sleep(0.1)
+    raise AssertionError
