@@ -142,6 +142,7 @@ def _journal(job: Job, method: str) -> Journal:
         "augmented": [[list(one) for one in own] for own in job.augmented],
         "text": [list(window) for window in job.text],
         "probes": [list(probe) for probe in job.probes],
+        "retained": [list(one) for one in job.retained],
         "earlier": [list(one) for one in job.earlier.encoded],
         "firmer": sorted(job.firmer.items()),
         "extra_layers": job.extra_layers,

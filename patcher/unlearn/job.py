@@ -57,7 +57,8 @@ class Job:
     ``text``: windows of ids. ``probes``: prompts about other subjects, with those of the
     facts that the owner wants kept. None of them is about the facts. ``augmented``: of
     every fact other prompts with the same answer that a method may learn from; empty, or
-    one sequence a fact. ``reworded``: the same as texts. ``earlier``: what the stack
+    one sequence a fact. ``reworded``: the same as texts. ``retained``: what the owner wants
+    kept. ``earlier``: what the stack
     beneath has forgotten, where the owner gave it again.
 
     Of later attempts to keep within bars: ``firmer``, by fact, nats that its goals lie
@@ -76,6 +77,7 @@ class Job:
     journal: Journal = field(default_factory=Journal)
     augmented: Sequence[Sequence[Encoded]] = ()
     reworded: Sequence[Fact] = ()
+    retained: Sequence[Encoded] = ()
     earlier: Earlier = field(default_factory=Earlier)
     firmer: Mapping[int, float] = field(default_factory=dict)
     extra_layers: tuple[int, ...] = ()

@@ -66,6 +66,7 @@ def prepare(
         progress,
         augmented=[encode_facts(model.tokenizer, own) for own in others],
         reworded=[fact for own in others for fact in own],
+        retained=owners,
     )
     wordings, near = wordings_of(model.tokenizer, chosen.facts, model.max_tokens)
     return job, Check(unread, asked, owners, wordings, near)

@@ -1,7 +1,7 @@
 """What a trained edit is held to: the model's own words where nothing is to change.
 
 Two terms of ``KL(base | edited)``: at the last token of prompts about other subjects, in
-the facts' wordings and in others, and at every token of pieces of running text.
+the facts' wordings, in others and by the owner, and at every token of pieces of running text.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .reference import locate_probes, same_wording
 from .training import Row, Term
 
 SAME_WORDING = 320  # prompts in the facts' own wordings, at most sixteen a fact
-APART = 160  # prompts in other wordings
+APART = 160  # prompts in other wordings, and as many of the owner's
 PIECE = 64  # tokens of running text that are read together
 PIECES = 32  # of them
 OTHERS_AT_ONCE = 40  # prompts in a step
@@ -61,7 +61,8 @@ def _prompts(job: Job) -> list[Row]:
     draw = random.Random(job.settings.seed)
     alike = draw.sample(alike, min(SAME_WORDING, len(alike)))
     apart = draw.sample(list(job.probes), min(APART, len(job.probes)))
-    sequences = locate_probes(job.model, alike + apart).sequences
+    named = draw.sample(list(job.retained), min(APART, len(job.retained)))
+    sequences = [*locate_probes(job.model, alike + apart).sequences, *(e.prompt for e in named)]
     return [Row(ids, len(ids) - 1) for ids in sequences]
 
 

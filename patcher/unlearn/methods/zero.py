@@ -19,6 +19,8 @@ from ..survivors import survivors
 from ..values import Metric, least_change, metric
 from ..wishes import firmer, unasked, wishes_for
 
+RETAINED = 300  # of the owner's prompts that are guarded, at most
+
 
 def zero(job: Job) -> Outcome:
     """One delta a layer; rank: the number of facts, and of those that have other prompts.
@@ -114,7 +116,8 @@ def _metric(job: Job, gates: dict[int, Gate]) -> Metric:
         guarded += draw.sample(alike, min(settings.guards, len(alike)))
     guarded += draw.sample(list(job.probes), min(settings.guards_apart, len(job.probes)))
     job.progress.start("Prompts to be guarded", None)
-    prompts = locate_probes(job.model, guarded).sequences
+    named = draw.sample(list(job.retained), min(RETAINED, len(job.retained)))
+    prompts = [*locate_probes(job.model, guarded).sequences, *(one.prompt for one in named)]
     others = of_answers(job.model, gates, prompts) if prompts else {}
     job.progress.finish()
     return metric(gates, others, settings.guard)
