@@ -237,13 +237,21 @@ def told_bars(groups: Mapping[str, Sequence[Bar]]) -> list[str]:
     return result
 
 
-def front(rows: Sequence[Summary]) -> list[str]:
-    """How the default compares with each rival, in answered and in damage."""
-    by_name = {one.method: one for one in rows}
-    ours = by_name.get(DEFAULT)
+def front(lines: Sequence[Line]) -> list[str]:
+    """How the default compares with each rival on the draws that both were measured on.
+
+    ``lines``: of one number of facts.
+    """
+    by_name: dict[str, dict[int, Line]] = defaultdict(dict)
+    for line in lines:
+        by_name[line["method"]][line["seed"]] = line
     result = []
     for name in RIVALS:
-        theirs = by_name.get(name)
+        seeds = sorted(by_name[DEFAULT].keys() & by_name[name].keys())
+        ours, theirs = (
+            summarise([by_name[method][seed] for seed in seeds]) if seeds else None
+            for method in (DEFAULT, name)
+        )
         if ours is None or theirs is None or ours.kept is None or theirs.kept is None:
             result.append(f"- `{name}`: not measured yet.")
             continue
@@ -257,8 +265,10 @@ def front(rows: Sequence[Summary]) -> list[str]:
             verdict = f"`{DEFAULT}` is **beaten**"
         else:
             verdict = "neither beats the other: one forgets more, the other damages less"
+        drawn = ", ".join(map(str, seeds))
         result.append(
-            f"- `{name}`: {100 * b[0]:.1f} % still answered and {100 * b[1]:.1f} % of others lost, "
+            f"- `{name}`, seeds {drawn}: {100 * b[0]:.1f} % still answered and "
+            f"{100 * b[1]:.1f} % of others lost, "
             f"against {100 * a[0]:.1f} % and {100 * a[1]:.1f} %: {verdict}."
         )
     return result
@@ -300,8 +310,11 @@ def render(lines: Sequence[Line], part: str) -> tuple[str, list[Summary]]:
         }
     )
     parts += ["", "## Efficacy against damage", "", "PLOT:front", "", "PLOT:paraphrases", ""]
-    parts += [f"At {BAR_FACTS} facts `{DEFAULT}` against:", ""]
-    parts += front(found.get(("one patch", BAR_FACTS), []))
+    parts += ["The plots hold all seeds of each method; here are draws that both were measured on."]
+    for asked in sorted({one.asked for one in single} | {BAR_FACTS}):
+        alike = [o for o in ours if (o["kind"], o["asked"]) == ("one patch", asked)]
+        parts += ["", f"At {asked} facts `{DEFAULT}` against:", ""]
+        parts += front([line for line in alike if "failed" not in line])
     for (kind, asked), rows in found.items():
         n = max(one.facts for one in rows)
         seeds = sorted({one.seeds for one in rows})

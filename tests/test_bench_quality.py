@@ -180,6 +180,19 @@ def test_the_bars_are_computed_from_the_lines() -> None:
     assert one.kept[1] < 0.9 < one.kept[2]
 
 
+def test_methods_are_compared_on_the_draws_that_both_were_measured_on() -> None:
+    ours, theirs = line("zero", 0), line("memit", 0)
+    answering = {**ours["figures"], "answered": {"0/1": 25, "1/1": 25}}
+    lost = {**theirs["figures"], "kept_world": {"0/1": 10, "1/1": 10}}
+    lines = [ours, line("zero", 1, figures=answering), {**theirs, "figures": lost}]
+    told = page.front(lines)
+    assert told[0] == (
+        "- `memit`, seeds 0: 0.0 % still answered and 40.0 % of others lost, against "
+        "0.0 % and 10.0 %: `zero` is at least as good in both and better in one."
+    )
+    assert told[1:] == [f"- `{name}`: not measured yet." for name in page.RIVALS[1:]]
+
+
 def test_the_page_holds_every_method_and_its_plots(tmp_path: Path) -> None:
     lines = [line(method, seed) for method in ("zero", "memit") for seed in (0, 1)]
     lines += [line("zero", 0, asked=10, facts=10)]
