@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _BARS = {
     "max_efficacy": "Of the known facts, at most this share may still be answered.",
+    "max_leaked": "Of the known facts, at most this share may turn up in 12 greedy tokens.",
     "max_generalization": "Of their answered other wordings, at most this share.",
     "min_specificity": "Of neighbours, and of other prompts, at least this share must stay.",
     "min_retained": "Of the known facts of --retain, at least this share must stay.",

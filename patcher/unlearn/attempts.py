@@ -30,7 +30,7 @@ NEARER = 1.0  # nats that all goals come nearer where only other knowledge suffe
 NEAREST = -4.0  # log-odds: an answer's first token at less than one in fifty
 
 linalg: Any = torch.linalg  # its types leave the error out
-_FORGETTING = ("max_efficacy", "max_generalization")
+_FORGETTING = ("max_efficacy", "max_leaked", "max_generalization")
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,8 @@ def _asking_more(job: Job, found: Found, names: Sequence[str], turn: int) -> Job
     survivors: set[int] = set()
     if "max_efficacy" in names:
         survivors |= set(found.survivors)
+    if "max_leaked" in names:
+        survivors |= set(found.leaking)
     if "max_generalization" in names:
         survivors |= set(found.worded)
     firm = dict(job.firmer) | {i: job.firmer.get(i, 0.0) + FURTHER for i in sorted(survivors)}

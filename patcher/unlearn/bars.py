@@ -12,6 +12,7 @@ from ..errors import BarsNotMetError, UsageError
 #: What each bar's figure is taken on, for messages and documents.
 MEASURED_ON = {
     "max_efficacy": "facts to be forgotten that the model knows",
+    "max_leaked": "facts that the model knows, in generated text",
     "max_generalization": "other wordings that the model answers",
     "min_specificity": "neighbours and prompts about other subjects",
     "max_ppl_ratio": "reference text that the statistics did not see",
@@ -19,6 +20,7 @@ MEASURED_ON = {
 }
 _NEEDED = {
     "max_efficacy": "The model knows none of the facts.",
+    "max_leaked": "The model knows none of the facts.",
     "max_generalization": "Give rephrase or paraphrases that the model answers.",
     "min_specificity": "Give neighbours that the model answers.",
     "max_ppl_ratio": "Give a longer --reference, some thousand words.",
@@ -26,6 +28,7 @@ _NEEDED = {
 }
 _CURES = {
     "max_efficacy": "Name more layers, or allow more damage.",
+    "max_leaked": "Name more layers, or allow more damage.",
     "max_generalization": "Try --augment, or name more layers.",
     "min_specificity": "Forget fewer facts at once, or allow more of them to be answered.",
     "max_ppl_ratio": "Forget fewer facts at once, or give a --reference like what is served.",
@@ -56,6 +59,7 @@ class Bars:
     """
 
     max_efficacy: float | None = None
+    max_leaked: float | None = None
     max_generalization: float | None = None
     min_specificity: float | None = None
     max_ppl_ratio: float | None = None

@@ -58,7 +58,7 @@ class Figures:
     """
 
     answered: tuple[bool, ...]
-    leaked: int
+    leaked: tuple[bool, ...]
     wordings: tuple[tuple[bool, ...], ...]
     neighbours: tuple[bool, ...]
     kept: tuple[bool, ...]
@@ -90,6 +90,7 @@ class Found:
         both = [share for share in (near, others) if share is not None]
         return {
             "max_efficacy": _kept(self.known, after.answered),
+            "max_leaked": _kept(self.known, after.leaked),
             "max_generalization": _kept(_flat(before.wordings), _flat(after.wordings)),
             "min_specificity": min(both) if both else None,
             "max_ppl_ratio": self._rise,
@@ -100,6 +101,11 @@ class Found:
     def survivors(self) -> list[int]:
         """Facts that are still answered."""
         return [i for i, yes in enumerate(self.patched.answered) if yes]
+
+    @property
+    def leaking(self) -> list[int]:
+        """Facts whose answers turn up in generated text."""
+        return [i for i, yes in enumerate(self.patched.leaked) if yes]
 
     @property
     def worded(self) -> list[int]:
@@ -126,7 +132,7 @@ class Found:
             "facts": len(self.known),
             "known": sum(self.known),
             "answered": sum(after.answered),
-            "leaked": {"patched": after.leaked, "of": len(self.known), "tokens": GENERATED},
+            "leaked": {"patched": sum(after.leaked), "of": len(self.known), "tokens": GENERATED},
             "paraphrases": {
                 "patched": sum(_flat(after.wordings)),
                 "base": sum(wordings),
@@ -244,7 +250,7 @@ def _figures(job: Job, asked: Check, patched: bool) -> Figures:
     ids = [model.tokenizer(probe.prompt).input_ids for probe in asked.probes]
     return Figures(
         answered=tuple(answered(model, [(e.prompt, e.answer) for e in job.encoded])),
-        leaked=_leaks(job) if patched else 0,
+        leaked=_leaks(job) if patched else (True,) * len(job.encoded),
         wordings=tuple(tuple(next(said) for _ in own) for own in asked.wordings),
         neighbours=tuple(answered(model, asked.neighbours)),
         kept=tuple(answered(model, [(e.prompt, e.answer) for e in asked.keep])),
@@ -254,15 +260,14 @@ def _figures(job: Job, asked: Check, patched: bool) -> Figures:
     )
 
 
-def _leaks(job: Job) -> int:
-    """How many facts' answers turn up in generated text."""
+def _leaks(job: Job) -> tuple[bool, ...]:
+    """Which facts' answers turn up in generated text."""
     tokenizer = job.model.tokenizer
     texts = continuations(job.model, [e.prompt for e in job.encoded], GENERATED)
-    found = [
-        leak(tokenizer, encoded, i, fact.target, texts[i])
+    return tuple(
+        leak(tokenizer, encoded, i, fact.target, texts[i]) is not None
         for i, (fact, encoded) in enumerate(zip(job.facts, job.encoded, strict=True))
-    ]
-    return len(found) - found.count(None)
+    )
 
 
 @torch.no_grad()

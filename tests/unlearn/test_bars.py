@@ -150,6 +150,23 @@ def test_survivors_alone_get_more_strength_and_layers(
     assert all(len(survivors) <= one < first for one in further)
 
 
+def test_a_fact_that_turns_up_in_generated_text_is_a_survivor(
+    tiny_folder: Path, rows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def turning_up(tokenizer: Any, encoded: Any, index: int, *rest: Any) -> Any:
+        seen.append(index)
+        return (index == 1 and len(seen) <= 2) or None
+
+    monkeypatch.setattr("patcher.unlearn.check.leak", turning_up)
+    result = compute(tiny_folder, rows[:2], layers="1", bars=Bars(max_leaked=0))
+    assert seen == [0, 1, 0, 1]
+    assert result.evaluation["attempts"] == 2
+    assert result.evaluation["bars"]["max_leaked"] == {"bar": 0, "value": 0.0, "met": True}
+    assert result.patch.manifest.method.hyperparameters["firmer"] == {"facts": 1, "nats": 3.0}
+
+
 def test_a_further_layer_holds_the_survivors_alone(tiny_model: Model, rows: Any) -> None:
     from patcher.unlearn.choosing import choose
     from patcher.unlearn.facts import read_facts
