@@ -240,7 +240,7 @@ def told_bars(groups: Mapping[str, Sequence[Bar]]) -> list[str]:
 def front(lines: Sequence[Line]) -> list[str]:
     """How the default compares with each rival on the draws that both were measured on.
 
-    ``lines``: of one number of facts.
+    ``lines``: of one number of facts, none of a run that failed.
     """
     by_name: dict[str, dict[int, Line]] = defaultdict(dict)
     for line in lines:
@@ -253,7 +253,8 @@ def front(lines: Sequence[Line]) -> list[str]:
             for method in (DEFAULT, name)
         )
         if ours is None or theirs is None or ours.kept is None or theirs.kept is None:
-            result.append(f"- `{name}`: not measured yet.")
+            reason = "no draw in common yet" if by_name[name] else "not measured yet"
+            result.append(f"- `{name}`: {reason}.")
             continue
         a = (ours.fraction("answered") or 0.0, 1 - ours.kept[0])
         b = (theirs.fraction("answered") or 0.0, 1 - theirs.kept[0])

@@ -54,7 +54,8 @@ class Check:
 class Figures:
     """What one set of weights answers, one by one: which facts, wordings, neighbours …
 
-    ``nats``: a token of the text. ``next_tokens``: what the probes are answered with.
+    ``leaked`` is asked of patched weights alone, and True before. ``nats``: a token of the
+    text. ``next_tokens``: what the probes are answered with.
     """
 
     answered: tuple[bool, ...]
@@ -104,8 +105,9 @@ class Found:
 
     @property
     def leaking(self) -> list[int]:
-        """Facts whose answers turn up in generated text."""
-        return [i for i, yes in enumerate(self.patched.leaked) if yes]
+        """Known facts whose answers turn up in generated text."""
+        both = zip(self.known, self.patched.leaked, strict=True)
+        return [i for i, (known, yes) in enumerate(both) if known and yes]
 
     @property
     def worded(self) -> list[int]:

@@ -58,8 +58,8 @@ class Job:
     facts that the owner wants kept. None of them is about the facts. ``augmented``: of
     every fact other prompts with the same answer that a method may learn from; empty, or
     one sequence a fact. ``reworded``: the same as texts. ``retained``: what the owner wants
-    kept. ``earlier``: what the stack
-    beneath has forgotten, where the owner gave it again.
+    kept, chats too, of which ``probes`` has none. ``earlier``: what the stack beneath has
+    forgotten, where the owner gave it again.
 
     Of later attempts to keep within bars: ``firmer``, by fact, nats that its goals lie
     further; ``extra_layers``, edited for those facts alone. ``conditions`` is filled while

@@ -137,7 +137,7 @@ def compute(
         known_only: leave out the facts that the model doesn't know anyway.
         limit: how many facts at most; with ``known_only``, how many known ones.
         retain: facts that are to stay, in the same form; their prompts join the
-            statistics, and what the model says to them is guarded.
+            statistics, and ``zero`` and what is trained is held to what the model says now.
         seed: of the draw of other subjects for the facts' wordings.
         title: for people; by default it says how many facts, nothing about them.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` …

@@ -1,7 +1,8 @@
 """What a trained edit is held to: the model's own words where nothing is to change.
 
 Two terms of ``KL(base | edited)``: at the last token of prompts about other subjects, in
-the facts' wordings, in others and by the owner, and at every token of pieces of running text.
+the facts' wordings, in others, and those that the owner names, and at every token of pieces
+of running text.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Retained:
 
 
 def retain_terms(job: Job, weight: float, text_weight: float) -> list[Term]:
-    """The two terms; the owner's preserved prompts are among those that are drawn from."""
+    """The two terms."""
     job.progress.start("What is to stay", None)
     others = remembered(job.model, _prompts(job))
     text = remembered(job.model, _pieces(job))

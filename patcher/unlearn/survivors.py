@@ -36,7 +36,7 @@ def survivors(
     deltas: Deltas,
     said: Sequence[Asked] = (),
     *,
-    asked: Sequence[Wish] = (),
+    wishes: Sequence[Wish] = (),
     quick: bool = False,
 ) -> Survivors:
     """What outlives the edit.
@@ -45,7 +45,7 @@ def survivors(
         job: facts and model.
         deltas: as they are stored.
         said: what the model is to say instead, if anything.
-        asked: wishes against what returned already: theirs come again, and stronger.
+        wishes: those of the last round. Of what comes back again the goal is 2 nats further.
         quick: generate only where nothing else survives.
     """
     model = job.model
@@ -56,7 +56,7 @@ def survivors(
         if quick and (still or unsaid):
             return Survivors(still, unsaid, [], [])
         texts = continuations(model, [e.prompt for e in job.encoded], GENERATED)
-        returned = came_back(model, job.earlier, asked)
+        returned = came_back(model, job.earlier, wishes)
     found = [
         leak(model.tokenizer, encoded, i, fact.target, texts[i])
         for i, (fact, encoded) in enumerate(zip(job.facts, job.encoded, strict=True))

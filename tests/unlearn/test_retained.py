@@ -38,11 +38,11 @@ def job(tiny_model: Model, tmp_path: Path) -> Job:
     return prepare(tiny_model, chosen, settings, text, kept, tmp_path, Silent())[0]
 
 
-def moved(named: Job, job: Job) -> float:
-    """Nats by which the job's edit moves what is said to the named prompts, on average."""
-    before = said(named)
-    with folded(job.model, as_edit(zero(job).deltas)):
-        after = said(named)
+def moved(asked: Job, computed: Job) -> float:
+    """Nats by which one job's edit moves what is said to the other's prompts, on average."""
+    before = said(asked)
+    with folded(computed.model, as_edit(zero(computed).deltas)):
+        after = said(asked)
     return float((after - before).gather(1, before.argmax(1, keepdim=True)).abs().mean())
 
 
@@ -65,3 +65,14 @@ def test_what_is_said_of_it_moves_less_for_being_named(job: Job) -> None:
 def test_what_is_trained_is_held_to_it_too(job: Job) -> None:
     kept = [row.ids for row in retain_terms(job, 1.0, 1.0)[0].rows]
     assert all(one.prompt in kept for one in job.retained)
+
+
+def test_a_prompt_to_be_forgotten_is_not_held_to_its_answer(
+    job: Job, tiny_model: Model, tmp_path: Path
+) -> None:
+    fact = job.facts[0]
+    row = {"prompt": fact.prompt, "subject": fact.subject, "target": "another answer"}
+    chosen = Chosen(job.facts, job.encoded, [True], 1, 1)
+    kept, text = read_facts([row]), reference_text(None)
+    made, _ = prepare(tiny_model, chosen, job.settings, text, kept, tmp_path, Silent())
+    assert made.retained == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from itertools import accumulate
 
 import torch
 
@@ -13,13 +14,14 @@ from ..gate import Gate, gate
 from ..job import Deltas, Job, Outcome
 from ..preserved import preserved
 from ..reference import Probe, locate_probes, same_wording
-from ..slopes import Values, Wish, of_answers
+from ..slopes import TOKENS, Values, Wish, of_answers
 from ..stacking import replaced
 from ..survivors import survivors
 from ..values import Metric, least_change, metric
 from ..wishes import firmer, unasked, wishes_for
 
 RETAINED = 300  # of the owner's prompts that are guarded, at most
+RETAINED_TOKENS = 8192  # that these have in all, at most
 
 
 def zero(job: Job) -> Outcome:
@@ -116,11 +118,20 @@ def _metric(job: Job, gates: dict[int, Gate]) -> Metric:
         guarded += draw.sample(alike, min(settings.guards, len(alike)))
     guarded += draw.sample(list(job.probes), min(settings.guards_apart, len(job.probes)))
     job.progress.start("Prompts to be guarded", None)
-    named = draw.sample(list(job.retained), min(RETAINED, len(job.retained)))
-    prompts = [*locate_probes(job.model, guarded).sequences, *(one.prompt for one in named)]
+    drawn, named = locate_probes(job.model, guarded).sequences, _named(job, draw)
+    prompts = drawn + named
     others = of_answers(job.model, gates, prompts) if prompts else {}
     job.progress.finish()
-    return metric(gates, others, settings.guard)
+    # A mean over all of them: what is named takes no weight from what is drawn.
+    return metric(gates, others, settings.guard * len(prompts) / max(1, len(drawn)))
+
+
+def _named(job: Job, draw: random.Random) -> list[list[int]]:
+    """Prompts of the owner's that are guarded; none that a batch for slopes can't hold."""
+    fit = [one.prompt for one in job.retained if len(one.prompt) <= TOKENS]
+    chosen = draw.sample(fit, min(RETAINED, len(fit)))
+    ends = accumulate(len(prompt) for prompt in chosen)
+    return [prompt for prompt, end in zip(chosen, ends, strict=True) if end <= RETAINED_TOKENS]
 
 
 def _deltas(job: Job, gates: dict[int, Gate], values: Values) -> Deltas:
@@ -135,12 +146,17 @@ def _deltas(job: Job, gates: dict[int, Gate], values: Values) -> Deltas:
 def _unmet(job: Job, deltas: Deltas, wishes: list[Wish]) -> list[Wish]:
     """The wishes with those that the check on rounded weights adds; empty if all is well."""
     rising = [wish for wish in wishes if wish.rise]
-    left = survivors(job, deltas, [(wish.ids, [wish.token]) for wish in rising], asked=wishes)
+    left = survivors(job, deltas, [(wish.ids, [wish.token]) for wish in rising], wishes=wishes)
+    if not left:
+        return []
     stronger = {*left.still, *(rising[i].fact for i in left.unsaid)}
+    places = {(tuple(wish.ids), wish.token) for wish in left.leaks}
     grown = [
-        replace(w, goal=w.goal + (2.0 if w.rise else -2.0)) if w.fact in stronger else w
+        replace(w, goal=w.goal + (2.0 if w.rise else -2.0))
+        if w.fact in stronger or (tuple(w.ids), w.token) in places
+        else w
         for w in wishes
     ]
-    grown += unasked(left.leaks, wishes)
-    grown = replaced(grown, left.returned)
-    return grown if stronger or left.returned or len(grown) > len(wishes) else []
+    for wish in unasked(left.leaks, wishes):
+        grown.append(replace(wish, goal=wish.goal - job.firmer.get(wish.fact, 0.0)))
+    return replaced(grown, left.returned)
