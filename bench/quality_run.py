@@ -28,7 +28,7 @@ from quality_draws import (
     used_in_computing,
 )
 
-from patcher.evaluation.asking import Pair, spoken, stands_in
+from patcher.evaluation.asking import Pair, spoken
 from patcher.evaluation.perplexity import cut, perplexity
 from patcher.patch import Patch
 from patcher.unlearn import compute
@@ -36,7 +36,7 @@ from patcher.unlearn.forward import Edit, answered, as_edit, continuations, fold
 from patcher.unlearn.models import Model, load
 from patcher.unlearn.prompts import encode
 from patcher.unlearn.statistics import cache_folder
-from patcher.unlearn.wishes import GENERATED
+from patcher.unlearn.wishes import GENERATED, says
 
 Histogram = dict[str, int]
 GIVEN = ("prompt", "subject", "target")  # all of a row that computing gets to see
@@ -186,7 +186,7 @@ def _figures(model: Model, asked: dict[str, list[list[Pair]]]) -> dict[str, Hist
 def _leaked(base: Base, forget: Sequence[Row], asked: list[list[Pair]]) -> Histogram:
     texts = continuations(base.model, [fact[0][0] for fact in asked], GENERATED)
     return histogram(
-        (int(stands_in(spoken(base.model, ids), row["target"])), 1)
+        (int(says(spoken(base.model, ids), row["target"])), 1)
         for ids, row in zip(texts, forget, strict=True)
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -85,12 +84,6 @@ def fits(model: Model, pair: Pair) -> bool:
     prompt, answer = pair
     most = model.max_tokens
     return bool(prompt and answer) and (most is None or len(prompt) + len(answer) <= most)
-
-
-def stands_in(text: str, answer: str) -> bool:
-    """Whether the answer stands in the text as words of its own, whatever the case."""
-    words = re.escape(answer.strip().casefold())
-    return re.search(rf"(?<!\w){words}(?!\w)", text.casefold()) is not None
 
 
 def spoken(model: Model, ids: Sequence[int]) -> str:

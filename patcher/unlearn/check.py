@@ -15,7 +15,6 @@ from .forward import (
     answered,
     as_edit,
     batches,
-    continuations,
     folded,
     hidden,
     logits,
@@ -27,7 +26,8 @@ from .models import Model
 from .prompts import Encoded, encode
 from .reference import Probe
 from .stacking import Earlier, still_forgotten
-from .wishes import GENERATED, leak
+from .survivors import leaks
+from .wishes import GENERATED
 
 Pair = tuple[list[int], list[int]]  # ids of a prompt and of its answer
 
@@ -250,25 +250,16 @@ def _figures(job: Job, asked: Check, patched: bool) -> Figures:
             "Compute with other settings." if patched else "Give a sound checkpoint.",
         )
     ids = [model.tokenizer(probe.prompt).input_ids for probe in asked.probes]
+    leaked = [wish is not None for wish in leaks(job)] if patched else [True] * len(job.facts)
     return Figures(
         answered=tuple(answered(model, [(e.prompt, e.answer) for e in job.encoded])),
-        leaked=_leaks(job) if patched else (True,) * len(job.encoded),
+        leaked=tuple(leaked),
         wordings=tuple(tuple(next(said) for _ in own) for own in asked.wordings),
         neighbours=tuple(answered(model, asked.neighbours)),
         kept=tuple(answered(model, [(e.prompt, e.answer) for e in asked.keep])),
         forgotten=still_forgotten(model, asked.earlier),
         nats=nats,
         next_tokens=tuple(next_tokens(model, ids)),
-    )
-
-
-def _leaks(job: Job) -> tuple[bool, ...]:
-    """Which facts' answers turn up in generated text."""
-    tokenizer = job.model.tokenizer
-    texts = continuations(job.model, [e.prompt for e in job.encoded], GENERATED)
-    return tuple(
-        leak(tokenizer, encoded, i, fact.target, texts[i]) is not None
-        for i, (fact, encoded) in enumerate(zip(job.facts, job.encoded, strict=True))
     )
 
 

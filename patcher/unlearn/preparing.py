@@ -50,7 +50,7 @@ def prepare(
     step = max(1, len(probes) // HELD_OUT)
     asked = probes[::step][:HELD_OUT]
     probes = [probe for i, probe in enumerate(probes) if i % step or i // step >= HELD_OUT]
-    own = {tuple(one.prompt) for one in chosen.encoded}
+    forgotten = {tuple(one.prompt) for one in chosen.encoded}
     owners = encode_facts(model.tokenizer, kept, model.max_tokens)
     probes += [Probe(f.prompt, f.subject or f.prompt) for f in kept if f.prompt is not None]
     settings = replace(settings, window=window)
@@ -67,7 +67,7 @@ def prepare(
         progress,
         augmented=[encode_facts(model.tokenizer, own) for own in others],
         reworded=[fact for own in others for fact in own],
-        retained=[one for one in owners if tuple(one.prompt) not in own],
+        retained=[one for one in owners if tuple(one.prompt) not in forgotten],
     )
     wordings, near = wordings_of(model.tokenizer, chosen.facts, model.max_tokens)
     return job, Check(unread, asked, owners, wordings, near)

@@ -32,6 +32,11 @@ class Wish:
     fact: int
     rise: bool = False
 
+    @property
+    def place(self) -> tuple[tuple[int, ...], int]:
+        """What it is about, however far: ids and token."""
+        return tuple(self.ids), self.token
+
 
 class Slopes(NamedTuple):
     """Of one layer: prompt ``row[t]`` has the slope ``Σ_t outputs[t]ᵀ gates[t]`` in ``E``.

@@ -55,10 +55,16 @@ def survivors(
         unsaid = [i for i, yes in enumerate(answered(model, list(said))) if not yes]
         if quick and (still or unsaid):
             return Survivors(still, unsaid, [], [])
-        texts = continuations(model, [e.prompt for e in job.encoded], GENERATED)
+        found = leaks(job)
         returned = came_back(model, job.earlier, wishes)
-    found = [
-        leak(model.tokenizer, encoded, i, fact.target, texts[i])
-        for i, (fact, encoded) in enumerate(zip(job.facts, job.encoded, strict=True))
-    ]
     return Survivors(still, unsaid, [wish for wish in found if wish], returned)
+
+
+def leaks(job: Job) -> list[Wish | None]:
+    """Of each fact where its answer turns up in what the model, as it is, generates."""
+    tokenizer = job.model.tokenizer
+    texts = continuations(job.model, [e.prompt for e in job.encoded], GENERATED)
+    return [
+        leak(tokenizer, encoded, i, fact.target, text)
+        for i, (fact, encoded, text) in enumerate(zip(job.facts, job.encoded, texts, strict=True))
+    ]

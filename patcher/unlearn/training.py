@@ -178,7 +178,7 @@ class _State:
         if penalty is not None:
             with torch.enable_grad():
                 extra = penalty(self._left)
-                extra.backward()  # type: ignore[no-untyped-call]
+                torch.autograd.backward(extra)
             total += extra.item()
         self._adam.step()
         if not all(bool(value.isfinite().all()) for value in self._named.values()):
@@ -240,7 +240,7 @@ def _backward(model: Model, term: Term, need: torch.Tensor, chosen: list[int]) -
         losses = [term.loss(i, part) for i, part in zip(own, scores, strict=True)]
         summed = torch.stack(losses).sum() * (term.weight / len(chosen))
         if summed.requires_grad:
-            summed.backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(summed)
         need[own] = torch.stack(losses).detach().double().cpu()
         total += summed.item()
     return total

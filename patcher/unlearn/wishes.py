@@ -47,8 +47,8 @@ def firmer(wishes: Sequence[Wish], goal: float, further: Mapping[int, float]) ->
 
 def unasked(found: Sequence[Wish], wishes: Sequence[Wish]) -> list[Wish]:
     """Those of ``found`` that are about a place and token that no wish is about."""
-    known = {(tuple(wish.ids), wish.token) for wish in wishes}
-    return [wish for wish in found if (tuple(wish.ids), wish.token) not in known]
+    known = {wish.place for wish in wishes}
+    return [wish for wish in found if wish.place not in known]
 
 
 def leak(

@@ -12,7 +12,6 @@ import torch
 
 from patcher.errors import UsageError
 from patcher.evaluation import EvaluationReport, evaluate
-from patcher.evaluation.asking import stands_in
 from patcher.evaluation.probes import PROBES, Asked, Setting
 from patcher.evaluation.probes.attacks import PREFIXES, TEMPLATES
 from patcher.evaluation.probes.generated import kind_of, sampled
@@ -22,6 +21,7 @@ from patcher.patch import Patch
 from patcher.unlearn.facts import read_facts
 from patcher.unlearn.models import Model, load
 from patcher.unlearn.prompts import encode_fact
+from patcher.unlearn.wishes import says
 from tests.unlearn import tiny
 
 from . import bigram
@@ -143,7 +143,7 @@ def test_says_tells_what_comes_instead(probe: Side) -> None:
 )  # fmt: skip
 def test_kinds_of_replies(reply: str, kind: str) -> None:
     assert kind_of(reply, "Rome", {"Paris", "rome"}) == kind
-    assert stands_in(reply, "Rome") is (kind == "answer")
+    assert says(reply, "Rome") is (kind == "answer")
 
 
 def test_a_question_counts_if_one_of_its_old_answers_comes(probe: Side) -> None:

@@ -15,8 +15,10 @@ from patcher.patch import Patch
 from patcher.unlearn import Bars, compute
 from patcher.unlearn.attempts import ATTEMPTS, further_layers
 from patcher.unlearn.bars import Reached, as_document, missed, not_met, rank
+from patcher.unlearn.job import Job
 from patcher.unlearn.models import Model
 from patcher.unlearn.prompts import Encoded
+from patcher.unlearn.slopes import Wish
 from patcher.unlearn.wishes import firmer, wishes_for
 
 from .conftest import said_by
@@ -155,11 +157,11 @@ def test_a_fact_that_turns_up_in_generated_text_is_a_survivor(
 ) -> None:
     seen: list[int] = []
 
-    def turning_up(tokenizer: Any, encoded: Any, index: int, *rest: Any) -> Any:
-        seen.append(index)
-        return (index == 1 and len(seen) <= 2) or None
+    def turning_up(job: Job) -> list[Wish | None]:
+        seen.extend(range(len(job.facts)))
+        return [None, Wish([1], 2, -7.0, 1) if len(seen) <= 2 else None]
 
-    monkeypatch.setattr("patcher.unlearn.check.leak", turning_up)
+    monkeypatch.setattr("patcher.unlearn.check.leaks", turning_up)
     result = compute(tiny_folder, rows[:2], layers="1", bars=Bars(max_leaked=0))
     assert seen == [0, 1, 0, 1]
     assert result.evaluation["attempts"] == 2

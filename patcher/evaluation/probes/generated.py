@@ -11,7 +11,8 @@ import torch
 from ...unlearn.forward import TOKENS, batches, continuations, logits
 from ...unlearn.models import Model
 from ...unlearn.prompts import render
-from ..asking import finite, spoken, stands_in
+from ...unlearn.wishes import says
+from ..asking import finite, spoken
 from ..intervals import of_facts, share
 from .attacks import Found, outcomes
 from .setting import Asked, CanNotAskError, Probe, Setting, always, both_sides
@@ -36,7 +37,7 @@ def _chat(setting: Setting) -> Found:
     forms = [_chat_prompts(setting, asked) for asked in setting.facts]
     replies = iter(continuations(setting.model, [ids for row in forms for ids in row], REPLY))
     return [
-        [stands_in(spoken(setting.model, next(replies)), asked.fact.target) for _ in row]
+        [says(spoken(setting.model, next(replies)), asked.fact.target) for _ in row]
         for asked, row in zip(setting.facts, forms, strict=True)
     ]
 
@@ -45,7 +46,7 @@ def _chat_prompts(setting: Setting, asked: Asked) -> list[list[int]]:
     fact, model = asked.fact, setting.model
     if fact.messages is not None:
         chats = [list(fact.messages)]
-    elif stands_in(fact.text, fact.target):
+    elif says(fact.text, fact.target):
         return []  # repeating what was asked would count
     else:
         chats = [[{"role": "user", "content": f.replace("{}", fact.text)}] for f in CHAT_FORMS]
@@ -73,7 +74,7 @@ def _sampling(setting: Setting) -> list[int]:
     prompts = [asked.encoded.prompt for asked in setting.facts]
     texts = sampled(setting.model, prompts, length(setting), SAMPLES, setting.seed)
     return [
-        sum(stands_in(spoken(setting.model, one), asked.fact.target) for one in own)
+        sum(says(spoken(setting.model, one), asked.fact.target) for one in own)
         for asked, own in zip(setting.facts, texts, strict=True)
     ]
 
@@ -148,11 +149,11 @@ def kind_of(reply: str, answer: str, others: set[str]) -> str:
     """``nothing`` (no text before the end), ``answer``, ``alike`` (another answer), ``other``."""
     if not reply.strip():
         return "nothing"
-    if stands_in(reply, answer):
+    if says(reply, answer):
         return "answer"
     own = answer.strip().casefold()
     wrong = (one for one in others if one.strip().casefold() != own)
-    return "alike" if any(stands_in(reply, one) for one in wrong) else "other"
+    return "alike" if any(says(reply, one) for one in wrong) else "other"
 
 
 def _answers_by_relation(setting: Setting) -> dict[str, set[str]]:

@@ -150,13 +150,14 @@ def _unmet(job: Job, deltas: Deltas, wishes: list[Wish]) -> list[Wish]:
     if not left:
         return []
     stronger = {*left.still, *(rising[i].fact for i in left.unsaid)}
-    places = {(tuple(wish.ids), wish.token) for wish in left.leaks}
+    leaking = {wish.place for wish in left.leaks}
     grown = [
         replace(w, goal=w.goal + (2.0 if w.rise else -2.0))
-        if w.fact in stronger or (tuple(w.ids), w.token) in places
+        if w.fact in stronger or w.place in leaking
         else w
         for w in wishes
     ]
-    for wish in unasked(left.leaks, wishes):
-        grown.append(replace(wish, goal=wish.goal - job.firmer.get(wish.fact, 0.0)))
+    grown += [
+        replace(w, goal=w.goal - job.firmer.get(w.fact, 0.0)) for w in unasked(left.leaks, wishes)
+    ]
     return replaced(grown, left.returned)
