@@ -44,10 +44,13 @@ def pad(sequences: Sequence[Sequence[int]], device: torch.device) -> torch.Tenso
     return ids.to(device)
 
 
-def hidden(model: Model, ids: torch.Tensor) -> torch.Tensor:
-    """The last hidden states ``[batch, length, d]`` of ids ``[batch, length]``."""
+def hidden(model: Model, ids: torch.Tensor, **more: Any) -> torch.Tensor:
+    """The last hidden states ``[batch, length, d]`` of ids ``[batch, length]``.
+
+    ``more``: what else the network's forward takes.
+    """
     states: torch.Tensor = model.network.base_model(
-        input_ids=ids, use_cache=False
+        input_ids=ids, **{"use_cache": False, **more}
     ).last_hidden_state
     return states
 

@@ -9,15 +9,14 @@ equation 4; 2023, arXiv 2210.07229, equation 16). Minimised by Adam, over the fa
 where the miss is the negative log-probability of what is to be said, a token, or by how
 many nats the answer's log-odds exceed ``wishes.SUPPRESS``; within a ball of CLAMP times
 the norm of the state that it is added to. The papers do that for one fact after the other
-with full passes; here many facts share a batch, passes begin at the edited layer, and a
-fact that is met leaves the batch.
+with full passes; here all facts are sought at once, passes begin at the edited layer and at
+the subject's last token, as nothing before these changes, and a fact that is met is left out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -28,58 +27,73 @@ from .models import Model
 from .prompts import Encoded, last_token
 from .reference import subject_of
 from .slopes import TOKENS
-from .upward import Entering, added, agrees, entering, leaving, stepping_over
+from .upward import Entering, added, agrees, entering, leaving, upwards
 from .wishes import SUPPRESS, wishes_for
 
 STEPS = 25
-RATE = 0.5  # the papers' 0.1 does not reach the end of text on a small model
+RATE = 1.0  # the papers' 0.1 does not reach the end of text on a small model
 CLAMP = 0.75
 DECAY = 0.5
 KL_WEIGHT = 0.0625
-ENOUGH = 0.05  # nats a token: a fact whose miss is less is met
+ENOUGH = 0.1  # nats a token: a fact whose miss is less is met
 OPENINGS = ("The", "Therefore", "Because", "I", "You")  # of the papers' generated prefixes
 PREFIX = 10  # tokens of such a prefix, its opening aside
+WORTH = 64  # tokens from which on a pass of its own costs less than padding
+HELD = 4096  # tokens of prompts whose keys and values are held at once
 
 
 @dataclass
 class Passes:
-    """What the search has cost: ``layers``, summed over sequences, run forward and back."""
+    """What the search has cost: ``tokens``, summed over layers, run forward and back."""
 
     steps: int = 0
-    layers: int = 0
+    tokens: int = 0
 
 
 class Row(NamedTuple):
-    """One sequence: ``said`` is wanted after ``ids`` less its last tokens; none: KL alone."""
+    """One sequence: ``said`` is wanted after ``ids`` less its last tokens; none: KL alone.
+
+    ``weight``: of its miss, or drift, in the fact's.
+    """
 
     ids: list[int]
     subject: int
     said: list[int]
     fact: int
+    weight: float = 1.0
 
 
 @dataclass
-class _Batch:
-    """The rows of some facts, ready to run."""
+class _Lot:
+    """Rows that run together."""
 
     rows: list[Row]
     ids: torch.Tensor  # [b, length]
-    at: torch.Tensor  # [b]
-    fact: torch.Tensor  # [b], counted from 0 within the batch
     kept: Entering | None  # None: full passes
-    before: dict[int, torch.Tensor] = field(default_factory=dict)  # row -> log-probabilities [v]
+    old: dict[int, torch.Tensor]  # row -> log-probabilities [v] before any change
 
-    def only(self, active: torch.Tensor) -> _Batch:
-        """The rows of the facts that are ``active`` ``[m]`` bool."""
-        chosen = active[self.fact].nonzero()[:, 0]
-        rows = chosen.tolist()
-        return _Batch(
+    @property
+    def before(self) -> list[int]:
+        """By row how many tokens a pass is not given."""
+        past = self.kept and self.kept.past
+        return past.places[:, 0].tolist() if past else [0] * len(self.rows)
+
+    @property
+    def tokens(self) -> int:
+        """How many a pass is given, padded."""
+        return (self.kept.ids if self.kept else self.ids).numel()
+
+    def only(self, active: Sequence[bool]) -> _Lot:
+        """The rows of the facts that are ``active``."""
+        rows = [i for i, row in enumerate(self.rows) if active[row.fact]]
+        if len(rows) == len(self.rows):
+            return self
+        chosen = torch.tensor(rows, dtype=torch.long, device=self.ids.device)
+        return _Lot(
             [self.rows[i] for i in rows],
             self.ids[chosen],
-            self.at[chosen],
-            self.fact[chosen],
             self.kept and self.kept.rows(chosen),
-            {new: self.before[old] for new, old in enumerate(rows) if old in self.before},
+            {new: self.old[i] for new, i in enumerate(rows) if i in self.old},
         )
 
 
@@ -96,9 +110,9 @@ def values(
     Args:
         job: facts, model, target; its augmented prompts count like the facts' own.
         layer: zero-based.
-        batched: many facts at a time and from ``layer`` upwards. False: the published
-            way, fact after fact, full passes, each prompt also after five generated
-            prefixes. No prefix goes before a chat.
+        batched: all facts at once, from ``layer`` upwards and the subject on. False: the
+            published way, fact after fact, full passes, each prompt also after five
+            generated prefixes. No prefix goes before a chat.
         said: of each fact the ids that are to be said; None: as the job's target has it.
         passes: is added to.
     """
@@ -109,15 +123,12 @@ def values(
     counted = passes if passes is not None else Passes()
     found = torch.zeros(len(rows), len(model.weight(model.module_name(layer))))
     found = found.to(model.device)
-    upward = batched
     done = 0
     job.progress.start("Target values", len(rows))
     for group in _groups(rows) if batched else ([i] for i in range(len(rows))):
-        batch = _prepare(model, layer, [rows[i] for i in group], upward)
-        if upward and not done and batch.kept and not agrees(model, batch.ids, batch.kept):
-            upward = False
-            batch.kept = None
-        found[group] = _descend(model, layer, batch, suppress, counted)
+        own = [row._replace(fact=i) for i, fact in enumerate(group) for row in rows[fact]]
+        lots = list(_lots(model, layer, own) if batched else _whole(model, own))
+        found[group] = _descend(model, layer, own, lots, suppress, counted)
         done += len(group)
         job.progress.step(done)
     job.progress.finish()
@@ -141,7 +152,8 @@ def _rows(
     text = f"{subject_of(fact)} is a"
     ids = read(text).input_ids
     place = last_token(read, text, (0, len(subject_of(fact))), len(ids))
-    return [*result, Row(ids, place, [], index)]
+    weighed = [row._replace(weight=1 / len(result)) for row in result]
+    return [*weighed, Row(ids, place, [], index)]
 
 
 def _said(job: Job, prompt: Encoded) -> list[int]:
@@ -158,99 +170,122 @@ def _prefixes(model: Model) -> list[list[int]]:
 
 
 def _groups(rows: Sequence[Sequence[Row]]) -> Iterator[list[int]]:
-    """Facts of like length whose rows, padded, have at most ``TOKENS`` tokens together."""
-    longest = [max(len(row.ids) for row in own) for own in rows]
+    """Facts, in order, whose rows have at most ``HELD`` tokens together."""
     group: list[int] = []
     count = 0
-    for i in sorted(range(len(rows)), key=lambda i: (longest[i], i)):
-        if group and (count + len(rows[i])) * longest[i] > TOKENS:
+    for i, own in enumerate(rows):
+        tokens = sum(len(row.ids) for row in own)
+        if group and count + tokens > HELD:
             yield group
             group, count = [], 0
         group.append(i)
-        count += len(rows[i])
+        count += tokens
     if group:
         yield group
 
 
-def _prepare(model: Model, layer: int, facts: Sequence[Sequence[Row]], upward: bool) -> _Batch:
-    rows = [row._replace(fact=i) for i, own in enumerate(facts) for row in own]
-    ids = pad([row.ids for row in rows], model.device)
-    at = torch.tensor([row.subject for row in rows], device=model.device)
-    fact = torch.tensor([row.fact for row in rows], device=model.device)
-    return _Batch(rows, ids, at, fact, entering(model, ids, layer) if upward else None)
+def _lots(model: Model, layer: int, rows: Sequence[Row]) -> Iterator[_Lot]:
+    """The rows by how much follows their subject, ready to run from there upwards."""
+    over = True  # what was kept, as long as this network gives the same with it
+    for lot in _alike(rows):
+        ids = pad([row.ids for row in lot], model.device)
+        spans = [(row.subject, len(row.ids)) for row in lot]
+        kept = entering(model, ids, layer, spans) if over else None
+        if kept and not agrees(model, ids, spans, kept):
+            over, kept = False, None
+        yield _Lot(lot, ids, kept, {})
+
+
+def _alike(rows: Sequence[Row]) -> Iterator[list[Row]]:
+    """Rows with like numbers of tokens from the subject on: little is padding."""
+    lot: list[Row] = []
+    for row in sorted(rows, key=lambda row: len(row.ids) - row.subject):
+        length = len(row.ids) - row.subject
+        shortest = len(lot[0].ids) - lot[0].subject if lot else length
+        padded = length * (len(lot) + 1)
+        if lot and (padded > TOKENS or (padded > WORTH and length > 1.5 * shortest)):
+            yield lot
+            lot = []
+        lot.append(row)
+    yield lot
+
+
+def _whole(model: Model, rows: list[Row]) -> list[_Lot]:
+    return [_Lot(rows, pad([row.ids for row in rows], model.device), None, {})]
 
 
 def _descend(
-    model: Model, layer: int, batch: _Batch, suppress: bool, passes: Passes
+    model: Model,
+    layer: int,
+    rows: Sequence[Row],
+    lots: Sequence[_Lot],
+    suppress: bool,
+    passes: Passes,
 ) -> torch.Tensor:
-    """The changes ``[m, d_out]`` of the facts of a batch."""
-    size, limit = _sizes(model, layer, batch)
+    """The changes ``[m, d_out]`` of the facts whose ``rows`` these are, in ``lots``."""
+    size, limit = _sizes(model, layer, rows)
     change = torch.zeros(len(size), len(model.weight(model.module_name(layer))))
     change = change.to(model.device).requires_grad_()
     adam = torch.optim.Adam([change], lr=RATE)
-    active = torch.ones(len(size), dtype=torch.bool, device=model.device)
-    now = batch
+    active = [True] * len(size)
     for step in range(STEPS):
-        with torch.enable_grad():
-            miss, drift = _losses(model, layer, now, change, suppress, remember=step == 0)
-            decay = DECAY * change.norm(dim=1) / size**2
-            loss = (miss + KL_WEIGHT * drift + decay)[active].sum()
+        lots = [lot for lot in (lot.only(active) for lot in lots) if lot.rows]
+        missed, slope = torch.zeros_like(size), torch.zeros_like(change)
+        for lot in lots:
+            slope += _slope(model, layer, lot, change, suppress, missed)
+            passes.tokens += lot.tokens * (model.layers - (layer if lot.kept else 0))
         passes.steps += 1
-        passes.layers += len(now.rows) * (model.layers - (layer if now.kept else 0))
-        if step == 0:
-            batch.before = now.before
-        active = active & (miss.detach() >= ENOUGH)
-        if step == STEPS - 1 or not active.any():
+        active = [on and miss >= ENOUGH for on, miss in zip(active, missed.tolist(), strict=True)]
+        if step == STEPS - 1 or not any(active):
             break
-        (slope,) = torch.autograd.grad(loss, change)
-        held = change.detach().clone()
-        change.grad = slope
-        adam.step()
         with torch.no_grad():
+            norm = change.norm(dim=1)[:, None].clamp_min(1e-30)
+            change.grad = slope + DECAY * change / norm / size[:, None] ** 2
+            held = change.clone()
+            adam.step()
             change *= (limit / change.norm(dim=1).clamp_min(1e-30)).clamp(max=1)[:, None]
-            change.copy_(torch.where(active[:, None], change, held))
-        now = batch.only(active)
+            on = torch.tensor(active, device=model.device)
+            change.copy_(torch.where(on[:, None], change, held))
     return change.detach()
 
 
-def _losses(
-    model: Model,
-    layer: int,
-    batch: _Batch,
-    change: torch.Tensor,
-    suppress: bool,
-    *,
-    remember: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """By fact ``[m]``: the mean miss of its prompts, and the mean drift of the others."""
+def _slope(
+    model: Model, layer: int, lot: _Lot, change: torch.Tensor, suppress: bool, missed: torch.Tensor
+) -> torch.Tensor:
+    """The gradient ``[m, d_out]`` of a lot's misses and drifts; its misses join ``missed``."""
     places = [
-        (i, len(row.ids) - max(1, len(row.said)) + j)
-        for i, row in enumerate(batch.rows)
+        (i, len(row.ids) - before - max(1, len(row.said)) + j)
+        for i, (row, before) in enumerate(zip(lot.rows, lot.before, strict=True))
         for j in range(max(1, len(row.said)))
     ]
-    with (
-        stepping_over(model, batch.kept) if batch.kept else nullcontext(),
-        added(model, layer, change[batch.fact], batch.at),
-    ):
-        states = hidden(model, batch.ids)
-    scores = logits(model, states[[p[0] for p in places], [p[1] for p in places]])
-    misses: list[list[torch.Tensor]] = [[] for _ in change]
-    drifts: list[list[torch.Tensor]] = [[] for _ in change]
-    begin = 0
-    for i, row in enumerate(batch.rows):
-        raw = scores[begin : begin + max(1, len(row.said))]
-        own = raw.log_softmax(-1)
-        begin += len(own)
-        if not row.said:
-            if remember:
-                batch.before[i] = own[0].detach()
-            old = batch.before[i]
-            drifts[row.fact].append((old.exp() * (old - own[0])).sum())
-        elif suppress:
-            misses[row.fact].append((_odds(raw[0], row.said[0]) - SUPPRESS).clamp(min=0))
-        else:
-            misses[row.fact].append(-own[range(len(own)), row.said].mean())
-    return _means(misses, change), _means(drifts, change)
+    facts = torch.tensor([row.fact for row in lot.rows], device=model.device)
+    at = [row.subject - before for row, before in zip(lot.rows, lot.before, strict=True)]
+    with torch.enable_grad():
+        with added(model, layer, change[facts], torch.tensor(at, device=model.device)):
+            states = upwards(model, lot.kept) if lot.kept else hidden(model, lot.ids)
+        scores = logits(model, states[[p[0] for p in places], [p[1] for p in places]])
+        loss = change.new_zeros(())
+        begin = 0
+        for i, row in enumerate(lot.rows):
+            raw = scores[begin : begin + max(1, len(row.said))]
+            begin += len(raw)
+            if row.said:
+                miss = row.weight * _miss(raw, row.said, suppress)
+                missed[row.fact] += miss.detach()
+                loss = loss + miss
+            else:
+                new = raw[0].log_softmax(-1)
+                old = lot.old.setdefault(i, new.detach())
+                loss = loss + KL_WEIGHT * row.weight * (old.exp() * (old - new)).sum()
+        (slope,) = torch.autograd.grad(loss, change)
+    return slope
+
+
+def _miss(scores: torch.Tensor, said: list[int], suppress: bool) -> torch.Tensor:
+    """Nats by which logits ``[said, v]`` fail to say that, or to keep its first token down."""
+    if suppress:
+        return (_odds(scores[0], said[0]) - SUPPRESS).clamp(min=0)
+    return -scores.log_softmax(-1)[range(len(said)), said].mean()
 
 
 def _odds(scores: torch.Tensor, token: int) -> torch.Tensor:
@@ -259,14 +294,10 @@ def _odds(scores: torch.Tensor, token: int) -> torch.Tensor:
     return scores[token] - rest
 
 
-def _means(parts: list[list[torch.Tensor]], like: torch.Tensor) -> torch.Tensor:
-    return torch.stack([torch.stack(p).mean() if p else like.new_zeros(()) for p in parts])
-
-
 @torch.no_grad()
-def _sizes(model: Model, layer: int, batch: _Batch) -> tuple[torch.Tensor, torch.Tensor]:
+def _sizes(model: Model, layer: int, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
     """By fact ``[m]``: the norm of the state that is changed, and how large a change may be."""
-    firsts = {row.fact: row for row in reversed(batch.rows)}
+    firsts = {row.fact: row for row in reversed(rows)}
     rows = [firsts[i] for i in range(len(firsts))]
     sequences, positions = [row.ids for row in rows], [row.subject for row in rows]
     weight = model.weight(model.module_name(layer))

@@ -1,8 +1,9 @@
-"""Running a model from one layer upwards, on hidden states that were kept from a full pass.
+"""Running a model from one layer and one token on, on what was kept from a full pass.
 
 The network's own forward runs, so masks, positions and whatever follows the layers are
 its own; only the layers below are stepped over, and the hidden state is put in where
-they would have left theirs.
+they would have left theirs. What stands before the first token that changes is in the
+cache that the network has for generating.
 """
 
 from __future__ import annotations
@@ -16,20 +17,45 @@ import torch
 from .forward import batches, hidden, pad
 from .models import Model
 
+Span = tuple[int, int]  # of a sequence, from the one token to before the other
+
+CLOSE = 1e-3  # of the largest state: how near a pass over a cache comes to one without
+
+
+class Past(NamedTuple):
+    """What a pass sees of the tokens before those that it is given, to the right of a gap.
+
+    ``attention``: by layer keys and values ``[batch, heads, before, d_head]``. ``mask``
+    ``[batch, before + length]``: 0 in the gap. ``places`` ``[batch, length]``: of the tokens given.
+    """
+
+    attention: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    mask: torch.Tensor
+    places: torch.Tensor
+
+    def rows(self, chosen: torch.Tensor) -> Past:
+        """Those rows of the batch."""
+        own = tuple((key[chosen], value[chosen]) for key, value in self.attention)
+        return Past(own, self.mask[chosen], self.places[chosen])
+
 
 class Entering(NamedTuple):
-    """What enters a layer: ``states [batch, length, d]``, and how the layers below answer.
+    """What enters a layer, and how the layers below answer.
 
-    ``parts``: how many things a layer returns, the hidden state first; 0: it alone.
+    ``ids [batch, length]``, ``states [batch, length, d]``: of the tokens that a pass is
+    given. ``parts``: how many things a layer returns, the hidden state first; 0: it alone.
     """
 
     layer: int
+    ids: torch.Tensor
     states: torch.Tensor
     parts: int
+    past: Past | None = None
 
     def rows(self, chosen: torch.Tensor) -> Entering:
         """Those rows of the batch."""
-        return self._replace(states=self.states[chosen])
+        past = self.past and self.past.rows(chosen)
+        return self._replace(ids=self.ids[chosen], states=self.states[chosen], past=past)
 
 
 class _EnoughError(Exception):
@@ -41,14 +67,22 @@ def _layers(model: Model) -> Any:
 
 
 @torch.no_grad()
-def entering(model: Model, ids: torch.Tensor, layer: int) -> Entering:
-    """What enters that layer on ids ``[batch, length]``; the pass ends there."""
+def entering(
+    model: Model, ids: torch.Tensor, layer: int, spans: Sequence[Span] | None = None
+) -> Entering:
+    """What enters that layer on ids ``[batch, length]``.
+
+    ``spans``: what of each a pass will be given; of the tokens before it the attention's
+    keys and values are kept. None: all is given.
+    """
     seen: list[torch.Tensor] = []
     parts = 0
+    cache = _cache(())
 
     def look(_: Any, args: Any, kwargs: Any) -> None:
         seen.append(args[0] if args else kwargs["hidden_states"])
-        raise _EnoughError
+        if spans is None:
+            raise _EnoughError
 
     def count(_: Any, __: Any, out: Any) -> None:
         nonlocal parts
@@ -58,13 +92,59 @@ def entering(model: Model, ids: torch.Tensor, layer: int) -> Entering:
     with ExitStack() as hooks, suppress(_EnoughError):
         hooks.callback(layers[layer].register_forward_pre_hook(look, with_kwargs=True).remove)
         hooks.callback(layers[0].register_forward_hook(count).remove)
-        hidden(model, ids)
-    return Entering(layer, seen[0], parts)
+        hidden(model, ids, **({"past_key_values": cache, "use_cache": True} if spans else {}))
+    whole = Entering(layer, ids, seen[0], parts)
+    return _over(whole, spans, cache) if spans else whole
+
+
+def _over(whole: Entering, spans: Sequence[Span], cache: Any) -> Entering:
+    """Of what a full pass left, that which a pass over those spans needs."""
+    device, length = whole.ids.device, whole.ids.shape[1]
+    rows = torch.arange(len(spans), device=device)[:, None]
+    begin = torch.tensor([first for first, _ in spans], device=device)[:, None]
+    before, longest = int(begin.max()), max(end - first for first, end in spans)
+    places = begin + torch.arange(longest, device=device)
+    places = places.clamp(max=length - 1)  # beyond its end, where nobody looks
+    earlier = begin - before + torch.arange(before, device=device)
+    mask = torch.cat([earlier >= 0, torch.ones_like(places, dtype=torch.bool)], 1).long()
+    earlier = earlier.clamp(min=0)
+
+    def chosen(what: torch.Tensor) -> torch.Tensor:
+        return what.transpose(1, 2)[rows, earlier].transpose(1, 2)
+
+    kept = tuple((chosen(layer.keys), chosen(layer.values)) for layer in cache.layers)
+    past = Past(kept, mask, places)
+    ids, states = whole.ids[rows, places], whole.states[rows, places]
+    return whole._replace(ids=ids, states=states, past=past)
+
+
+def _cache(attention: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Any:
+    """A cache that holds these and whatever a pass adds; never cut to a window."""
+    from transformers import DynamicCache
+
+    cache: Any = DynamicCache()
+    for layer, (key, value) in enumerate(attention):
+        cache.update(key, value, layer)
+    return cache
+
+
+def upwards(model: Model, kept: Entering) -> torch.Tensor:
+    """The last hidden states ``[batch, length, d]`` of a pass that begins at what was kept."""
+    more: dict[str, Any] = {}
+    if kept.past is not None:
+        more = {
+            "past_key_values": _cache(kept.past.attention),
+            "use_cache": True,
+            "attention_mask": kept.past.mask,
+            "position_ids": kept.past.places,
+        }
+    with _stepping_over(model, kept):
+        return hidden(model, kept.ids, **more)
 
 
 @contextmanager
-def stepping_over(model: Model, kept: Entering) -> Iterator[None]:
-    """Inside, a pass begins at ``kept.layer`` with ``kept.states``; give it the same ids."""
+def _stepping_over(model: Model, kept: Entering) -> Iterator[None]:
+    """Inside, a pass begins at ``kept.layer`` with ``kept.states``."""
 
     def skip(*args: Any, **kwargs: Any) -> Any:
         states = args[0] if args else kwargs["hidden_states"]
@@ -86,11 +166,19 @@ def stepping_over(model: Model, kept: Entering) -> Iterator[None]:
 
 
 @torch.no_grad()
-def agrees(model: Model, ids: torch.Tensor, kept: Entering) -> bool:
-    """Whether a pass from the layer upwards gives the full pass's states, bit for bit."""
-    full = hidden(model, ids)
-    with stepping_over(model, kept):
-        return torch.equal(full, hidden(model, ids))
+def agrees(model: Model, ids: torch.Tensor, spans: Sequence[Span] | None, kept: Entering) -> bool:
+    """Whether a pass from there gives the full pass's states, of those spans of ``ids``.
+
+    Bit for bit, or, over a cache, as near as another order of sums.
+    """
+    full, part = hidden(model, ids), upwards(model, kept)
+    if spans is None:
+        return torch.equal(full, part)
+    near = CLOSE * full.abs().max()
+    return all(
+        bool((full[i, first:end] - part[i, : end - first]).abs().max() <= near)
+        for i, (first, end) in enumerate(spans)
+    )
 
 
 @contextmanager

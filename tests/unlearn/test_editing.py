@@ -152,9 +152,17 @@ def test_a_fact_that_is_met_costs_no_further_pass(tiny_model: Model, rows: Any) 
     assert longest.steps == targets.STEPS
     easy = replace(job, encoded=[e._replace(answer=[399]) for e in job.encoded])
     targets.values(easy, 1, passes=met)
-    assert met.layers < longest.layers
-    rows_run = 2 * len(job.facts)  # a prompt, and what must stay of its subject
-    assert longest.layers == longest.steps * rows_run * (tiny_model.layers - 1)
+    assert met.tokens < longest.tokens
+    alone = targets.Passes()
+    targets.values(replace(job, facts=job.facts[:1]), 1, said=never, passes=alone)
+    # Of the prompt and "SUBJECT is a" what follows the subject, padded, above the layer.
+    text = f"{job.facts[0].subject} is a"
+    about = len(tiny_model.tokenizer(text).input_ids) - len(
+        tiny_model.tokenizer(job.facts[0].subject).input_ids
+    )
+    prompt = job.encoded[0]
+    tokens = 2 * max(len(prompt.prompt) - prompt.subject, about + 1)
+    assert alone.tokens == alone.steps * tokens * (tiny_model.layers - 1)
 
 
 def test_a_change_stays_within_its_ball(tiny_model: Model, rows: Any) -> None:
