@@ -27,7 +27,7 @@ from .models import Model
 from .prompts import Encoded, last_token
 from .reference import subject_of
 from .slopes import TOKENS
-from .upward import Entering, added, agrees, entering, leaving, upwards
+from .upward import Entering, Span, added, agrees, entering, leaving, upwards
 from .wishes import SUPPRESS, wishes_for
 
 STEPS = 25
@@ -61,6 +61,11 @@ class Row(NamedTuple):
     said: list[int]
     fact: int
     weight: float = 1.0
+
+    @property
+    def length(self) -> int:
+        """Tokens from the subject's last on."""
+        return len(self.ids) - self.subject
 
 
 @dataclass
@@ -186,24 +191,27 @@ def _groups(rows: Sequence[Sequence[Row]]) -> Iterator[list[int]]:
 
 def _lots(model: Model, layer: int, rows: Sequence[Row]) -> Iterator[_Lot]:
     """The rows by how much follows their subject, ready to run from there upwards."""
-    over = True  # what was kept, as long as this network gives the same with it
     for lot in _alike(rows):
         ids = pad([row.ids for row in lot], model.device)
         spans = [(row.subject, len(row.ids)) for row in lot]
-        kept = entering(model, ids, layer, spans) if over else None
-        if kept and not agrees(model, ids, spans, kept):
-            over, kept = False, None
-        yield _Lot(lot, ids, kept, {})
+        yield _Lot(lot, ids, _kept(model, layer, ids, spans), {})
+
+
+def _kept(model: Model, layer: int, ids: torch.Tensor, spans: Sequence[Span]) -> Entering | None:
+    """The most that can be kept so that a pass from there is the full pass; None: nothing."""
+    for chosen in (spans, None):
+        kept = entering(model, ids, layer, chosen)
+        if agrees(model, ids, chosen, kept):
+            return kept._replace(full=None)
+    return None
 
 
 def _alike(rows: Sequence[Row]) -> Iterator[list[Row]]:
     """Rows with like numbers of tokens from the subject on: little is padding."""
     lot: list[Row] = []
-    for row in sorted(rows, key=lambda row: len(row.ids) - row.subject):
-        length = len(row.ids) - row.subject
-        shortest = len(lot[0].ids) - lot[0].subject if lot else length
-        padded = length * (len(lot) + 1)
-        if lot and (padded > TOKENS or (padded > WORTH and length > 1.5 * shortest)):
+    for row in sorted(rows, key=lambda row: row.length):
+        padded = row.length * (len(lot) + 1)
+        if lot and (padded > TOKENS or (padded > WORTH and row.length > 1.5 * lot[0].length)):
             yield lot
             lot = []
         lot.append(row)
@@ -253,13 +261,14 @@ def _slope(
     model: Model, layer: int, lot: _Lot, change: torch.Tensor, suppress: bool, missed: torch.Tensor
 ) -> torch.Tensor:
     """The gradient ``[m, d_out]`` of a lot's misses and drifts; its misses join ``missed``."""
+    before = lot.before
     places = [
-        (i, len(row.ids) - before - max(1, len(row.said)) + j)
-        for i, (row, before) in enumerate(zip(lot.rows, lot.before, strict=True))
+        (i, len(row.ids) - before[i] - max(1, len(row.said)) + j)
+        for i, row in enumerate(lot.rows)
         for j in range(max(1, len(row.said)))
     ]
     facts = torch.tensor([row.fact for row in lot.rows], device=model.device)
-    at = [row.subject - before for row, before in zip(lot.rows, lot.before, strict=True)]
+    at = [row.subject - first for row, first in zip(lot.rows, before, strict=True)]
     with torch.enable_grad():
         with added(model, layer, change[facts], torch.tensor(at, device=model.device)):
             states = upwards(model, lot.kept) if lot.kept else hidden(model, lot.ids)

@@ -44,6 +44,7 @@ class Entering(NamedTuple):
 
     ``ids [batch, length]``, ``states [batch, length, d]``: of the tokens that a pass is
     given. ``parts``: how many things a layer returns, the hidden state first; 0: it alone.
+    ``full``: the full pass's last states, of all ids, to compare with; None: it ended here.
     """
 
     layer: int
@@ -51,11 +52,12 @@ class Entering(NamedTuple):
     states: torch.Tensor
     parts: int
     past: Past | None = None
+    full: torch.Tensor | None = None
 
     def rows(self, chosen: torch.Tensor) -> Entering:
-        """Those rows of the batch."""
+        """Those rows of the batch; the full pass's are not kept."""
         past = self.past and self.past.rows(chosen)
-        return self._replace(ids=self.ids[chosen], states=self.states[chosen], past=past)
+        return self._replace(ids=self.ids[chosen], states=self.states[chosen], past=past, full=None)
 
 
 class _EnoughError(Exception):
@@ -77,7 +79,8 @@ def entering(
     """
     seen: list[torch.Tensor] = []
     parts = 0
-    cache = _cache(())
+    cache = _cache(()) if spans else None
+    full: torch.Tensor | None = None
 
     def look(_: Any, args: Any, kwargs: Any) -> None:
         seen.append(args[0] if args else kwargs["hidden_states"])
@@ -92,8 +95,8 @@ def entering(
     with ExitStack() as hooks, suppress(_EnoughError):
         hooks.callback(layers[layer].register_forward_pre_hook(look, with_kwargs=True).remove)
         hooks.callback(layers[0].register_forward_hook(count).remove)
-        hidden(model, ids, **({"past_key_values": cache, "use_cache": True} if spans else {}))
-    whole = Entering(layer, ids, seen[0], parts)
+        full = hidden(model, ids, past_key_values=cache, use_cache=cache is not None)
+    whole = Entering(layer, ids, seen[0], parts, full=full)
     return _over(whole, spans, cache) if spans else whole
 
 
@@ -171,7 +174,8 @@ def agrees(model: Model, ids: torch.Tensor, spans: Sequence[Span] | None, kept: 
 
     Bit for bit, or, over a cache, as near as another order of sums.
     """
-    full, part = hidden(model, ids), upwards(model, kept)
+    full = hidden(model, ids) if kept.full is None else kept.full
+    part = upwards(model, kept)
     if spans is None:
         return torch.equal(full, part)
     near = CLOSE * full.abs().max()

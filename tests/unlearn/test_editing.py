@@ -165,6 +165,21 @@ def test_a_fact_that_is_met_costs_no_further_pass(tiny_model: Model, rows: Any) 
     assert alone.tokens == alone.steps * tokens * (tiny_model.layers - 1)
 
 
+def test_what_a_network_does_not_keep_is_run_again(
+    tiny_model: Model, rows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = job_of(tiny_model, rows[:3], "the")
+    found, tokens = [], []
+    for keeps in (lambda spans: True, lambda spans: spans is None, lambda spans: False):
+        monkeypatch.setattr(targets, "agrees", lambda m, i, spans, k, keeps=keeps: keeps(spans))
+        passes = targets.Passes()
+        found.append(targets.values(job, 2, passes=passes))
+        tokens.append(passes.tokens / passes.steps)
+    assert tokens[0] < tokens[1] < tokens[2]
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-2, atol=1e-3)
+
+
 def test_a_change_stays_within_its_ball(tiny_model: Model, rows: Any) -> None:
     job = job_of(tiny_model, rows[:3], "eos")
     change = targets.values(job, 1)
