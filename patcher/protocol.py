@@ -37,8 +37,12 @@ class PatchInForce(TypedDict):
 
 
 class Process(TypedDict):
-    """A process of the engine and the version of the plugin in it (null: none)."""
+    """A process of the engine and the version of the plugin in it (null: none).
 
+    ``engine``: which data-parallel engine, from 0; ``rank`` counts within it.
+    """
+
+    engine: int
     rank: int
     pid: int
     plugin: str | None
@@ -93,6 +97,7 @@ class LiveModule(TypedDict):
 class LiveRank(TypedDict):
     """What one rank serves."""
 
+    engine: int
     rank: int
     stack: list[str]
     modules: dict[str, LiveModule]

@@ -91,7 +91,7 @@ class FakeEngine:
                 "weight_version": version_of(self.stack),
                 "patches": [self._in_force(one) for one in self.stack],
                 "modules": modules,
-                "processes": [{"rank": 0, "pid": 4711, "plugin": self.plugin}],
+                "processes": [{"engine": 0, "rank": 0, "pid": 4711, "plugin": self.plugin}],
             }
         )
 

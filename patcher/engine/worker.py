@@ -17,7 +17,7 @@ from typing import Any, Concatenate, ParamSpec
 import torch
 
 from patcher import __version__
-from patcher.engine.vllm_adapter import Site, Staged, find_site, fold_device, install_on_workers
+from patcher.engine.vllm_worker import Site, Staged, find_site, fold_device, install_on_workers
 from patcher.errors import EngineRefusedError, PatcherError
 from patcher.kernels import LowRank, digest, fold
 from patcher.patch import ModuleBase, Patch

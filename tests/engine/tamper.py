@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from patcher.engine.vllm_adapter import find_site
+from patcher.engine.vllm_worker import find_site
 
 
 class Tamper:

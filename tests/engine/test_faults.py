@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from patcher.engine import service as service_module
-from patcher.engine import vllm_adapter
+from patcher.engine import transition as transition_module
+from patcher.engine import vllm_client, vllm_worker
 from patcher.engine.service import PatchService
 from patcher.engine.stack import Stack
 from patcher.engine.store import Store
@@ -45,7 +45,7 @@ def weights() -> list[torch.Tensor]:
 @pytest.fixture
 def client(weights: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> FakeClient:
     described = {"vllm": "0", "model": "m", "platform": "cpu", "world_size": RANKS}
-    monkeypatch.setattr(vllm_adapter, "describe", lambda client: described)
+    monkeypatch.setattr(vllm_client, "describe", lambda client: described)
     return FakeClient(weights, RANKS)
 
 
@@ -166,7 +166,7 @@ def test_a_weight_that_fails_half_way_is_put_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     commits = 0
-    plain = vllm_adapter._TensorStaged._write
+    plain = vllm_worker._TensorStaged._write
 
     def write(self: Any, weight: torch.Tensor) -> None:
         nonlocal commits
@@ -175,7 +175,7 @@ def test_a_weight_that_fails_half_way_is_put_back(
         if commits == 2:
             raise RuntimeError("device lost")
 
-    monkeypatch.setattr(vllm_adapter._TensorStaged, "_write", write)
+    monkeypatch.setattr(vllm_worker._TensorStaged, "_write", write)
     with pytest.raises(EngineRefusedError, match="device lost"):
         put(service, make(weights, 1))
     assert same(client.live(), weights)
@@ -264,7 +264,7 @@ def test_drain_gives_up_and_lets_the_engine_go_on(
     weights: list[torch.Tensor],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(service_module, "DRAIN_DEADLINE", 0.05)
+    monkeypatch.setattr(transition_module, "DRAIN_DEADLINE", 0.05)
     client.drains = False
     with pytest.raises(EngineRefusedError, match="did not end"):
         put(service, make(weights, 1), in_flight="drain")

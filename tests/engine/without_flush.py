@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from patcher.engine import launch, vllm_adapter
+from patcher.engine import launch, vllm_client
 
 
 async def no_flush(client: Any) -> None:
@@ -12,5 +12,5 @@ async def no_flush(client: Any) -> None:
 
 
 if __name__ == "__main__":
-    vllm_adapter.flush = no_flush
+    vllm_client.flush = no_flush
     launch.main()
