@@ -271,7 +271,7 @@ class Engine:
         code = _problem_code(problem)
         detail, cure = str(problem.get("detail") or ""), str(problem.get("cure") or "")
         if code and by_code(code) is not PatcherError:
-            raise by_code(code)(detail or code, cure)
+            raise by_code(code)(detail or code, cure, **_details(problem))
         if answer.status_code in (401, 403):
             raise PermissionDeniedError(
                 detail or f"{self.url} refused the token.",
@@ -338,6 +338,11 @@ def _json_object(answer: httpx.Response) -> dict[str, Any] | None:
     except ValueError:
         return None
     return value if isinstance(value, dict) else None
+
+
+def _details(problem: Mapping[str, Any]) -> dict[str, Any]:
+    known = {"type", "title", "status", "detail", "cure", "code", "message"}
+    return {key: value for key, value in problem.items() if key not in known}
 
 
 def _problem_code(problem: Mapping[str, Any]) -> str:

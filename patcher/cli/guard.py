@@ -57,7 +57,7 @@ def _report(error: PatcherError, *, as_json: bool) -> int:
         note(cure)
     if as_json:
         document = {"code": error.code, "message": message, "cure": cure}
-        print_json({"error": {**document, "exit_code": error.exit_code}})
+        print_json({"error": {**error.details, **document, "exit_code": error.exit_code}})
     return error.exit_code
 
 

@@ -51,6 +51,7 @@ class StackWanted(BaseModel):
 def problem(error: PatcherError) -> JSONResponse:
     """The error as ``application/problem+json`` (RFC 9457)."""
     body = {
+        **error.details,
         "type": f"urn:patcher:error:{error.code}",
         "title": error.code.replace("-", " "),
         "status": error.http_status,

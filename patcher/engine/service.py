@@ -21,7 +21,7 @@ from patcher.engine.ranks import Place, Ranks, agree, place
 from patcher.engine.stack import Stack, admit
 from patcher.engine.store import Store
 from patcher.engine.transition import Transition
-from patcher.errors import PatcherError, StackChangedError
+from patcher.errors import PatcherError, StackChangedError, StackRacedError
 from patcher.patch import Manifest, Patch
 from patcher.protocol import InFlight
 
@@ -143,10 +143,12 @@ class PatchService:
         """Make ``ids`` the stack in force, on every rank or on none.
 
         Raises :class:`StackChangedError` where ``if_match`` isn't the weight version in force,
+        :class:`StackRacedError` where it was until another change ended first,
         :class:`VerificationError` where something else changed the live weights, what
         :func:`admit` raises, and what a rank refused with.
         """
         began = time.monotonic()
+        arrived = await asyncio.to_thread(self.store.in_force)
         async with self._exclusive():
             await self._reconcile("repair")
             before = self.store.in_force()
@@ -155,10 +157,7 @@ class PatchService:
                 # A retry of a change whose answer got lost.
                 return Outcome(before, time.monotonic() - began, 0.0)
             if if_match != before.version:
-                raise StackChangedError(
-                    f"The weight version in force is {before.version[:16]}, not {if_match[:16]}.",
-                    "Somebody changed the stack; look at `patcher status` and try again.",
-                )
+                raise _outdated(if_match, before, raced=if_match == arrived.version)
             detail: dict[str, Any] = {
                 "change": secrets.token_hex(8),
                 "actor": actor,
@@ -234,3 +233,15 @@ class PatchService:
         """Check a file's bytes and store them; the second value is False if it was there."""
         patch = Patch.from_bytes(data)
         return patch, self.store.add_patch(patch, actor)
+
+
+def _outdated(if_match: str, stack: Stack, *, raced: bool) -> StackChangedError:
+    """The error of a wish that was based on another stack than ``stack``, the one in force."""
+    kind = StackRacedError if raced else StackChangedError
+    cause = "Another change, asked for at once, was first" if raced else "It was changed"
+    return kind(
+        f"{cause}: the weight version in force is {stack.version[:16]}, not {if_match[:16]}.",
+        "Look at `patcher status` and try again.",
+        stack=list(stack.ids),
+        weight_version=stack.version,
+    )

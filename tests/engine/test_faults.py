@@ -24,7 +24,9 @@ from patcher.engine.worker import RankState
 from patcher.errors import (
     BaseMismatchError,
     EngineRefusedError,
+    StackChangedError,
     StackConflictError,
+    StackRacedError,
     VerificationError,
 )
 from patcher.kernels import fold
@@ -126,6 +128,44 @@ def test_two_ranks_serve_the_shards_of_the_fold(
     put(service)
     assert same(client.live(), weights)
     assert run(service.verify())["ok"]
+
+
+def test_of_two_changes_at_once_one_wins_and_the_other_learns_what_is_in_force(
+    service: PatchService, client: FakeClient, weights: list[torch.Tensor]
+) -> None:
+    patches = [make(weights, seed) for seed in (1, 2, 3)]
+    for patch in patches:
+        service.store.add_patch(patch, "me")
+
+    async def at_once() -> list[Any]:
+        base = Stack().version
+        wishes = [
+            service.change([p.id], if_match=base, in_flight="recompute", actor="me")
+            for p in patches
+        ]
+        return await asyncio.gather(*wishes, return_exceptions=True)
+
+    won, *lost = run(at_once())
+    assert won.stack == Stack((patches[0].id,))
+    for error in lost:
+        assert type(error) is StackRacedError
+        assert error.http_status == 409
+        assert error.details == {"stack": [patches[0].id], "weight_version": won.stack.version}
+    assert same(client.live(), folded(weights, patches[0]))
+
+
+def test_a_wish_that_was_out_of_date_when_it_came_is_told_so(
+    service: PatchService, weights: list[torch.Tensor]
+) -> None:
+    put(service, make(weights, 1))
+    with pytest.raises(StackChangedError) as caught:
+        run(
+            service.change(
+                [], if_match=Stack(("f" * 64,)).version, in_flight="recompute", actor="me"
+            )
+        )
+    assert caught.value.http_status == 412
+    assert caught.value.details["stack"] == list(service.store.in_force().ids)
 
 
 @pytest.mark.parametrize("step", ["receive", "begin", "stage", "commit", "check"])
