@@ -218,6 +218,14 @@ class Engine:
         """
         return cast(Verification, self._call("POST", "verify", ("ok", "modules"), wait=_VERIFY_S))
 
+    def heal(self) -> Verification:
+        """Put back what a weight reload or a wake from sleep reset to the base; then verify.
+
+        Raises :class:`~patcher.errors.VerificationError` where a live weight is neither what
+        was put there nor its base.
+        """
+        return cast(Verification, self._call("POST", "heal", ("ok", "modules"), wait=_VERIFY_S))
+
     def ledger(self, after: int = 0) -> list[LedgerEntry]:
         """Who changed the stack, when and to what: the entries after number ``after``."""
         answer = self._call("GET", "ledger", ("entries",), params={"after": after})

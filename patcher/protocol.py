@@ -79,8 +79,12 @@ class StoredPatch(TypedDict):
 
 
 class Change(TypedDict):
-    """The stack after a change. ``seconds``: all of it; ``pause_ms``: how long nothing ran."""
+    """The stack after a change. ``seconds``: all of it; ``pause_ms``: how long nothing ran.
 
+    ``change``: its id in the ledger and in the server's log.
+    """
+
+    change: str
     stack: list[str]
     weight_version: str
     seconds: float

@@ -126,7 +126,7 @@ class FakeEngine:
         self.stack = body["stack"]
         version = version_of(self.stack)
         change = {"stack": self.stack, "weight_version": version}
-        return json_reply({**change, "seconds": 0.25, "pause_ms": 31.5})
+        return json_reply({"change": "c0ffee", **change, "seconds": 0.25, "pause_ms": 31.5})
 
     def post_verify(self, request: Request) -> Reply:
         modules = {name: self.live_ok for one in self.stack for name in self._patch(one).deltas}

@@ -151,6 +151,19 @@ async def _verify(service: PatchService, request: Request, actor: str) -> Respon
     return JSONResponse(await service.verify())
 
 
+async def _heal(service: PatchService, request: Request, actor: str) -> Response:
+    healing = asyncio.ensure_future(service.heal())
+    return JSONResponse(await asyncio.shield(healing))
+
+
+async def _health(request: Request) -> Response:
+    """Without a token, since probes have none: it tells that something is wrong, not what."""
+    state: PluginState = request.app.state.patcher
+    wrong = [] if state.service is None else await state.service.health()
+    body = {"ok": not wrong, "wrong": wrong, "off": state.service is None}
+    return JSONResponse(body, 503 if wrong else 200)
+
+
 async def _ledger(service: PatchService, request: Request, actor: str) -> Response:
     after = request.query_params.get("after", "0")
     if not (after.isascii() and after.isdigit() and len(after) < 16):
@@ -166,6 +179,7 @@ _TABLE: tuple[tuple[str, str, Role, Answer], ...] = (
     ("GET", "/patches/{patch_id}", Role.read, _patch),
     ("PUT", "/stack", Role.apply, _put_stack),
     ("POST", "/verify", Role.read, _verify),
+    ("POST", "/heal", Role.apply, _heal),
     ("GET", "/ledger", Role.read, _ledger),
 )
 
@@ -181,4 +195,5 @@ def router() -> APIRouter:
             response_model=None,
             name=answer.__name__.strip("_"),
         )
+    routes.add_api_route("/health", _health, methods=["GET"], response_model=None)
     return routes

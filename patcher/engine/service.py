@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -17,6 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from patcher.engine import vllm_client
+from patcher.engine.metrics import metrics
+from patcher.engine.observe import CHANGE, cause_of, observed
 from patcher.engine.ranks import Place, Ranks, agree, place
 from patcher.engine.stack import Stack, admit
 from patcher.engine.store import Store
@@ -25,6 +26,7 @@ from patcher.errors import PatcherError, StackChangedError, StackRacedError
 from patcher.patch import Manifest, Patch
 from patcher.protocol import InFlight
 
+HEALTH_DEADLINE = 10.0  # seconds in which every rank must answer a probe
 logger = logging.getLogger("vllm.patcher")
 
 
@@ -35,10 +37,12 @@ class Outcome:
     stack: Stack
     seconds: float
     pause_ms: float
+    change: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """The wire form."""
         return {
+            "change": self.change,
             "stack": list(self.stack.ids),
             "weight_version": self.stack.version,
             "seconds": round(self.seconds, 4),
@@ -117,6 +121,7 @@ class PatchService:
         for verdicts in found.values():
             for name, verdict in verdicts.items():
                 modules[name] = modules.get(name, True) and bool(verdict["ok"])
+        await self._drifted([name for name, ok in sorted(modules.items()) if not ok])
         return {
             "ok": agree(ranks, stack) and all(modules.values()),
             "modules": dict(sorted(modules.items())),
@@ -128,6 +133,36 @@ class PatchService:
             ],
         }
 
+    async def health(self) -> list[str]:
+        """What is wrong, as words for a program; nothing where all is well. Reads no weights."""
+        if await asyncio.to_thread(self.store.changing):
+            return []  # ranks and store may differ in the midst of a change
+        wrong = ["drift"] if self.store.drift else []
+        if self.store.unclean:
+            wrong.append("rollback-incomplete")
+        try:
+            async with asyncio.timeout(HEALTH_DEADLINE):
+                if not agree(await self.ranks.probe(), self.store.in_force()):
+                    wrong.append("ranks-disagree")
+        except (PatcherError, TimeoutError):
+            wrong.append("no-answer")
+        return wrong
+
+    async def heal(self) -> dict[str, Any]:
+        """Put the stack back where a weight reload brought base weights back; then verify.
+
+        Raises :class:`VerificationError` where a live weight is neither what was put there
+        nor its base.
+        """
+        async with self._exclusive():
+            await self._reconcile("repair")
+            await self.transition.heal(self.store.in_force())
+        return await self.verify()
+
+    async def _drifted(self, modules: list[str]) -> None:
+        metrics().drifted(len(modules))
+        await asyncio.to_thread(self.store.set_drift, modules)
+
     # -- changing ----------------------------------------------------------------------------
 
     async def restore(self) -> None:
@@ -136,7 +171,9 @@ class PatchService:
             await self._reconcile("start")
             stack = self.store.in_force()
             await vllm_client.set_weight_version(self.client, stack.version)
+            metrics().in_force(stack.ids)
 
+    @observed
     async def change(
         self, ids: list[str], *, if_match: str, in_flight: InFlight, actor: str, reason: str = ""
     ) -> Outcome:
@@ -148,24 +185,25 @@ class PatchService:
         :func:`admit` raises, and what a rank refused with.
         """
         began = time.monotonic()
-        arrived = await asyncio.to_thread(self.store.in_force)
+        arrived = self.store.in_force()  # at once: a thread may be late
         async with self._exclusive():
             await self._reconcile("repair")
             before = self.store.in_force()
             target = admit(ids, await asyncio.to_thread(self.store.manifests))
             if target == before and not self.store.suspended:
                 # A retry of a change whose answer got lost.
-                return Outcome(before, time.monotonic() - began, 0.0)
+                return Outcome(before, time.monotonic() - began, 0.0, CHANGE.get())
             if if_match != before.version:
                 raise _outdated(if_match, before, raced=if_match == arrived.version)
             detail: dict[str, Any] = {
-                "change": secrets.token_hex(8),
+                "change": CHANGE.get(),
                 "actor": actor,
                 "reason": reason,
                 "before": list(before.ids),
                 "after": list(target.ids),
             }
             await self._record("change-intent", {**detail, "in_flight": in_flight})
+            logger.info("actor=%s in_flight=%s stack=%s", actor, in_flight, _depths(before, target))
             try:
 
                 def done(digests: dict[str, list[str]]) -> None:
@@ -173,10 +211,11 @@ class PatchService:
 
                 pause_ms = await self.transition.run([before], target, before, in_flight, done)
             except BaseException as error:
-                cause = error.code if isinstance(error, PatcherError) else type(error).__name__
-                await self._record_if_possible("change-failed", {**detail, "cause": cause})
+                told = {**detail, "cause": cause_of(error)}
+                await self._record_if_possible("change-failed", told)
                 raise
-        return Outcome(target, time.monotonic() - began, pause_ms)
+            metrics().in_force(target.ids)
+        return Outcome(target, time.monotonic() - began, pause_ms, CHANGE.get())
 
     async def _reconcile(self, occasion: str) -> None:
         """Bring workers that serve another stack than the recorded one back to it."""
@@ -233,6 +272,10 @@ class PatchService:
         """Check a file's bytes and store them; the second value is False if it was there."""
         patch = Patch.from_bytes(data)
         return patch, self.store.add_patch(patch, actor)
+
+
+def _depths(before: Stack, target: Stack) -> str:
+    return f"{len(before.ids)}->{len(target.ids)}"
 
 
 def _outdated(if_match: str, stack: Stack, *, raced: bool) -> StackChangedError:

@@ -302,6 +302,28 @@ class Store:
             rows = db.execute("SELECT name, base FROM modules ORDER BY name").fetchall()
         return [(str(name), json.loads(base)) for name, base in rows]
 
+    def changing(self) -> bool:
+        """Whether a change is under way, in any process."""
+        handle = os.open(self.folder / "change.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            return not _try_lock(handle)
+        finally:
+            os.close(handle)
+
+    @property
+    def drift(self) -> list[str]:
+        """The modules that were found to be something else than what was put there."""
+        names: list[str] = json.loads(self._meta("drift") or "[]")
+        return names
+
+    def set_drift(self, modules: list[str]) -> None:
+        """Note which modules drifted; the ledger tells when that changes."""
+        if modules == self.drift:
+            return
+        with self._transaction() as db:
+            db.execute("INSERT OR REPLACE INTO meta VALUES ('drift', ?)", (json.dumps(modules),))
+            self._append(db, "drift-found" if modules else "drift-gone", {"modules": modules})
+
     @property
     def unclean(self) -> bool:
         """Whether a rollback began that did not end."""

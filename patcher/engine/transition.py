@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 
 from patcher.engine import vllm_client
+from patcher.engine.metrics import metrics
 from patcher.engine.ranks import Place, Ranks, place, refusal
 from patcher.engine.stack import Stack
 from patcher.engine.store import Store
@@ -33,15 +34,19 @@ class Transition:
         fallback: Stack,
         in_flight: InFlight,
         record: Callable[[dict[str, list[str]]], object],
+        *,
+        healing: bool = False,
     ) -> float:
         """Change live weights and record the outcome; returns the pause in ms.
 
         ``served`` are the stacks that ranks serve now; ``fallback`` is the one in force where
-        this fails. ``record`` gets each module's digests by rank.
+        this fails. ``record`` gets each module's digests by rank. Unless this is ``healing``,
+        live weights are healed first.
         """
         change_id = secrets.token_hex(8)
         try:
-            await self._check_live(fallback)
+            if not healing:
+                await self.heal(fallback)
             digests = await self._stage(change_id, served, target)
         except BaseException as error:
             await self.discard(change_id)  # nothing live was touched
@@ -58,14 +63,38 @@ class Transition:
         await self.discard(change_id)
         return pause_ms
 
-    async def _check_live(self, stack: Stack) -> None:
-        """Every module in force must still be what was put there."""
+    async def heal(self, stack: Stack) -> None:
+        """Every module in force must be what was put there: it is put back where the base is.
+
+        vLLM's ``reload_weights`` and a wake from a level-2 sleep bring base weights back.
+
+        Raises :class:`VerificationError` where a live weight is neither.
+        """
+        drifted: dict[str, bool] = {}
         for name in sorted(stack.modules(await asyncio.to_thread(self.store.manifests))):
-            if not all(r["ok_live"] for r in await self.ranks.call("patcher_check", name)):
-                raise VerificationError(
-                    f"Something else changed the live weight of {name}.",
-                    "A weight reload or a sleep does that; restart the engine.",
-                )
+            changed = [r for r in await self.ranks.call("patcher_check", name) if not r["ok_live"]]
+            if changed:
+                drifted[name] = all(r["pristine"] for r in changed)
+        if not drifted:
+            return
+        metrics().drifted(len(drifted))
+        await asyncio.to_thread(self.store.set_drift, sorted(drifted))
+        foreign = [name for name, pristine in drifted.items() if not pristine]
+        if foreign:
+            raise VerificationError(
+                f"Something else changed the live weight of {foreign[0]}.",
+                "Were other weights loaded? Restart the engine with the base of its patches.",
+                modules=foreign,
+            )
+
+        def healed(digests: dict[str, list[str]]) -> None:
+            detail = {"modules": sorted(drifted), "stack": list(stack.ids), "digests": digests}
+            self.store.record("drift-healed", detail)
+            self.store.set_drift([])
+
+        logger.warning("patcher: the base was back in %d modules; healing", len(drifted))
+        await self.run([Stack()], stack, stack, "recompute", healed, healing=True)
+        metrics().drifted(0)
 
     async def _stage(
         self, change_id: str, served: list[Stack], target: Stack

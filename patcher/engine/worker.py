@@ -140,12 +140,14 @@ class RankState:
         self.live = {n: found for n, found in self.live.items() if n in patched}
 
     def check(self, name: str) -> Reply:
-        """The digest of the live weight, and whether it is still what was put there."""
+        """The live weight's digest: is it what was put there, or else the base again?"""
         site = find_site(self.model, name)
         if site is None:
-            return {"digest": None, "ok_live": True}
+            return {"digest": None, "ok_live": True, "pristine": False}
         found = digest(site.read())
-        return {"digest": found, "ok_live": self.live.get(name, found) == found}
+        ok = self.live.get(name, found) == found
+        pristine = not ok and name in self.bases and digest(self.bases[name]) == found
+        return {"digest": found, "ok_live": ok, "pristine": pristine}
 
     def verify(self, name: str, expected: ModuleBase) -> Reply | None:
         """Read the live weight and compare it with the fold of the stack in force."""

@@ -10,6 +10,9 @@ import torch
 
 from patcher.engine import worker
 
+RANKS = 2
+D_OUT, D_IN = 8, 48
+
 
 class UnquantizedLinearMethod:
     """Found by its name, as vLLM's is."""
