@@ -46,6 +46,7 @@ from patcher.errors import (
 
 if TYPE_CHECKING:
     from patcher.client import Engine
+    from patcher.engine.offline import attach
     from patcher.evaluation import evaluate
     from patcher.patch import Patch
     from patcher.unlearn import compute
@@ -78,6 +79,7 @@ __all__ = [
     "UsageError",
     "VerificationError",
     "__version__",
+    "attach",
     "compute",
     "evaluate",
 ]
@@ -86,6 +88,7 @@ __all__ = [
 _LAZY = {
     "Engine": "patcher.client",
     "Patch": "patcher.patch",
+    "attach": "patcher.engine.offline",
     "compute": "patcher.unlearn",
     "evaluate": "patcher.evaluation",
 }
