@@ -28,6 +28,7 @@ _SAME: dict[str, Any] = {
 }
 #: model_type -> what its configuration needs beside the vocabulary.
 FAMILIES: dict[str, dict[str, Any]] = {
+    "gemma": _SAME,
     "gemma2": {**_SAME, "sliding_window": 32, "query_pre_attn_scalar": 32},
     "gemma3_text": {**_SAME, "sliding_window": 32, "query_pre_attn_scalar": 32},
     "gpt2": {"n_embd": 64, "n_inner": 128, "n_layer": 2, "n_head": 2, "n_positions": CONTEXT},
@@ -43,6 +44,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 CLASSES = (
     "GPT2LMHeadModel",
     "Gemma2ForCausalLM",
+    "GemmaForCausalLM",
     "Gemma3ForCausalLM",
     "LlamaForCausalLM",
     "MistralForCausalLM",
@@ -113,6 +115,6 @@ def fold_into(held: Mapping[str, torch.Tensor], patch: Patch) -> None:
     """Write what the patch makes of the weights into them, by arithmetic of its own."""
     for name, delta in patch.deltas.items():
         weight = held[name].double()
-        product = torch.from_numpy(delta.left).double() @ torch.from_numpy(delta.right).double()
+        product = torch.tensor(delta.left).double() @ torch.tensor(delta.right).double()
         folded = weight + (product @ weight if delta.kind == "multiplicative" else product)
         held[name].copy_(folded)
