@@ -16,14 +16,15 @@ def main(model: str, merged: str, patch: str, adapter: str) -> None:
 
     found: dict[str, Any] = {}
     options = {"enable_lora": True, "max_lora_rank": 8}
-    lora = LoRARequest("an-adapter", 1, adapter)
+    lora, later = LoRARequest("an-adapter", 1, adapter), LoRARequest("the-same", 2, adapter)
 
     llm = start(model, **options)
     found["base"], found["base with adapter"] = answers(llm), answers(llm, lora_request=lora)
     with patcher.attach(llm) as engine:
         engine.apply(patch)
-        # The other order than above and below: nothing may depend on it.
+        # Loaded before the patch, and after it.
         found["patched with adapter"] = answers(llm, lora_request=lora)
+        found["patched with later adapter"] = answers(llm, lora_request=later)
         found["patched"] = answers(llm)
         found["verified"] = engine.verify()
     found["reverted"] = answers(llm)

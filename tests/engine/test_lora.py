@@ -62,6 +62,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_patch_and_adapter_equal_merged_checkpoint_and_adapter(found: dict[str, Any]) -> None:
     assert found["patched with adapter"] == found["merged with adapter"]
+    assert found["patched with later adapter"] == found["merged with adapter"]
     assert found["patched"] == found["merged"]
     assert found["verified"]["ok"]
     said = ("base", "base with adapter", "merged", "merged with adapter")

@@ -15,16 +15,10 @@ from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from tests.engine import families
 from tests.engine.offline_files import Files
 from tests.engine.scripts import run_script
+from tests.engine.wrapped_script import MULTIMODAL, NAMES
 from tests.unlearn.tiny import VOCABULARY, tokenizer
 
 pytestmark = pytest.mark.engine
-
-#: How a checkpoint may call the module that serves as ``language_model.model.layers.0…``.
-NAMES = {
-    "checkpoint": "language_model.model.layers",
-    "transformers": "model.language_model.layers",
-    "text-only": "model.layers",
-}
 
 
 def save_multimodal(folder: Path) -> Path:
@@ -107,3 +101,8 @@ def test_two_names_of_one_layer_are_refused(found: dict[str, Any]) -> None:
     assert code == "engine-refused"
     assert "one and the same layer" in message
     assert found["multimodal"]["after"] == [[], found["multimodal"]["base"]]
+
+
+@pytest.mark.parametrize("family", sorted(MULTIMODAL.values()))
+def test_vllms_own_mappers_lead_to_the_language_model(found: dict[str, Any], family: str) -> None:
+    assert found["names"][family] == list(NAMES)
