@@ -47,6 +47,7 @@ from patcher.errors import (
 
 if TYPE_CHECKING:
     from patcher.client import Engine
+    from patcher.engine.offline import attach
     from patcher.evaluation import evaluate
     from patcher.patch import Patch
     from patcher.unlearn import compute
@@ -80,6 +81,7 @@ __all__ = [
     "UsageError",
     "VerificationError",
     "__version__",
+    "attach",
     "compute",
     "evaluate",
 ]
@@ -88,6 +90,7 @@ __all__ = [
 _LAZY = {
     "Engine": "patcher.client",
     "Patch": "patcher.patch",
+    "attach": "patcher.engine.offline",
     "compute": "patcher.unlearn",
     "evaluate": "patcher.evaluation",
 }

@@ -58,7 +58,8 @@ class Engine:
     ``url`` is the server's root (not its ``/v1``), by default ``PATCHER_ENGINE``; ``token``
     an admin token of the plugin (never vLLM's API key), by default ``PATCHER_TOKEN``.
     ``timeout`` is how many seconds an answer may take; changes of the stack wait up to an
-    hour, because draining may last.
+    hour, because draining may last. ``transport``: how requests get there, where not by
+    a socket (:func:`patcher.attach`).
 
     >>> import patcher
     >>> with patcher.Engine("http://127.0.0.1:8000", token="...") as engine:
@@ -75,7 +76,12 @@ class Engine:
     """
 
     def __init__(
-        self, url: str | None = None, token: str | None = None, *, timeout: float = 30.0
+        self,
+        url: str | None = None,
+        token: str | None = None,
+        *,
+        timeout: float = 30.0,
+        transport: httpx.BaseTransport | None = None,
     ) -> None:
         self.url = checked_url(url or os.environ.get("PATCHER_ENGINE") or "")
         token = checked_token(token or os.environ.get("PATCHER_TOKEN") or "")
@@ -83,6 +89,7 @@ class Engine:
         self._client = httpx.Client(
             headers={"Authorization": f"Bearer {token}"} if token else {},
             timeout=httpx.Timeout(timeout, connect=min(timeout, _CONNECT_S)),
+            transport=transport,
             # Servers drop idle connections after five seconds: be first.
             limits=httpx.Limits(keepalive_expiry=2.0),
             # An engine on this very machine is never reached through the environment's proxy.

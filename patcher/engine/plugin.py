@@ -66,7 +66,7 @@ class PatcherEndpoint:
             "new" if made else "admin",
             settings.token_file,
         )
-        _record_start(store, settings)
+        record_start(store, settings)
         if settings.disabled:
             state.patcher = PluginState(store, off="PATCHER_DISABLE is set")
             return
@@ -81,7 +81,8 @@ def _instance(args: Namespace) -> str:
     return str(os.getppid() if several else os.getpid())
 
 
-def _record_start(store: Store, settings: Settings) -> None:
+def record_start(store: Store, settings: Settings) -> None:
+    """Note a start, and whether it restores the committed stack."""
     held = list(store.committed().ids)
     without = settings.disabled or settings.no_restore
     if without:

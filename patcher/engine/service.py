@@ -165,10 +165,10 @@ class PatchService:
 
     # -- changing ----------------------------------------------------------------------------
 
-    async def restore(self) -> None:
+    async def restore(self, occasion: str = "start") -> None:
         """Bring the engine to the stack that must be in force, before it serves."""
         async with self._exclusive():
-            await self._reconcile("start")
+            await self._reconcile(occasion)
             stack = self.store.in_force()
             await vllm_client.set_weight_version(self.client, stack.version)
             metrics().in_force(stack.ids)

@@ -80,6 +80,7 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._known: dict[str, tuple[Manifest, dict[str, int]]] = {}
+        self._claim: int | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             with self._transaction() as db:
@@ -141,7 +142,7 @@ class Store:
         return None if row is None else str(row[0])
 
     def claim(self, instance: str) -> None:
-        """Hold the folder for the engine ``instance`` until this process ends.
+        """Hold the folder for the engine ``instance`` until :meth:`release` or this process ends.
 
         The API servers of one engine share it. Raises :class:`EngineRefusedError` where
         another engine has it: two engines in one folder would undo each other's changes.
@@ -165,6 +166,12 @@ class Store:
                 "Give each engine a folder of its own with --state.",
             )
         self._claim = handle  # the lock lives as long as this process
+
+    def release(self) -> None:
+        """Let another engine have the folder."""
+        if self._claim is not None:
+            os.close(self._claim)
+            self._claim = None
 
     @contextlib.contextmanager
     def exclusive(self, patience: float = LOCK_PATIENCE) -> Iterator[None]:

@@ -17,6 +17,7 @@ from typing import Any, Concatenate, ParamSpec
 import torch
 
 from patcher import __version__
+from patcher.engine.names import refuse_one_layer_twice
 from patcher.engine.vllm_worker import Site, Staged, find_site, fold_device, install_on_workers
 from patcher.errors import EngineRefusedError, PatcherError
 from patcher.kernels import LowRank, digest, fold
@@ -60,6 +61,7 @@ class RankState:
         missing = [i for i in stack if i not in self.patches]
         if missing:
             raise EngineRefusedError(f"This rank lacks patch {missing[0][:16]}.", "Try again.")
+        refuse_one_layer_twice(self.model, {n for i in stack for n in self.patches[i].deltas})
         self.change = _Change(change_id, stack)
 
     def current(self, change_id: str) -> _Change:
