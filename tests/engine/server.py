@@ -109,7 +109,7 @@ class Server:
 
     # -- questions ---------------------------------------------------------------------------
 
-    def complete(self, prompt: str, tokens: int = 8, **more: Any) -> dict[str, Any]:
+    def complete(self, prompt: str | list[int], tokens: int = 8, **more: Any) -> dict[str, Any]:
         """Greedy completion with log-probabilities: the choice as vLLM returns it."""
         body = {"model": "m", "prompt": prompt, "max_tokens": tokens, "temperature": 0}
         body |= {"logprobs": 5, **more}
@@ -118,10 +118,12 @@ class Server:
         choice: dict[str, Any] = answer.json()["choices"][0]
         return choice
 
-    def stream(self, prompt: str, tokens: int) -> Generator[dict[str, Any]]:
+    def stream(
+        self, prompt: str | list[int], tokens: int, **more: Any
+    ) -> Generator[dict[str, Any]]:
         """The events of a streamed greedy completion."""
         body = {"model": "m", "prompt": prompt, "max_tokens": tokens, "temperature": 0}
-        body |= {"stream": True, "ignore_eos": True}
+        body |= {"stream": True, "ignore_eos": True, **more}
         with httpx.stream("POST", f"{self.url}/v1/completions", json=body, timeout=120) as answer:
             answer.raise_for_status()
             for line in answer.iter_lines():
