@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias, TypedDict, get_args
 
 ROUTE = "/plugins/patcher/v1"
 
-InFlight: TypeAlias = Literal["recompute", "drain", "abort"]
+InFlight: TypeAlias = Literal["recompute", "drain", "abort", "continue"]
 IN_FLIGHT: tuple[InFlight, ...] = get_args(InFlight)
 
 
@@ -81,6 +81,8 @@ class StoredPatch(TypedDict):
 class Change(TypedDict):
     """The stack after a change. ``seconds``: all of it; ``pause_ms``: how long nothing ran.
 
+    ``mixed``: how many requests go on over KV of the weights before (``continue``).
+    ``spaced_ms``: how long it waited for requests that an earlier change had recomputed.
     ``change``: its id in the ledger and in the server's log.
     """
 
@@ -89,6 +91,8 @@ class Change(TypedDict):
     weight_version: str
     seconds: float
     pause_ms: float
+    mixed: int
+    spaced_ms: float
 
 
 class LiveModule(TypedDict):

@@ -99,7 +99,7 @@ class AttachedEngine(Engine):
             )
             ensure_token(store, settings.token_file)
             record_start(store, settings)
-            self._service: PatchService = PatchService(client, store)
+            self._service: PatchService = PatchService(client, store, spacing=0)
             run(self._service.restore())
         except BaseException:
             _let_go(store, None if state else folder)

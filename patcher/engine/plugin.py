@@ -26,9 +26,10 @@ def register() -> None:
     """Give every vLLM worker patcher's calls; nothing where patcher isn't asked for."""
     if not asked_for() or disabled():
         return
-    from patcher.engine.worker import install
+    from patcher.engine import vllm_core, worker
 
-    install()
+    worker.install()
+    vllm_core.install()
 
 
 class PatcherEndpoint:
@@ -40,14 +41,17 @@ class PatcherEndpoint:
     def attach_router(self, app: FastAPI) -> None:
         """Register the routes; called once while vLLM builds its app."""
         from patcher.engine.routes import router
+        from patcher.engine.stamp import WeightVersionMiddleware
 
         app.include_router(router())
+        app.add_middleware(WeightVersionMiddleware)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
         """Open the store, make the token, restore the stack.
 
         Whatever fails is raised: vLLM then ends without having served a request.
         """
+        from patcher.engine import stamp, vllm_client
         from patcher.engine.auth import ensure_token
         from patcher.engine.routes import PluginState
         from patcher.engine.service import PatchService
@@ -70,9 +74,10 @@ class PatcherEndpoint:
         if settings.disabled:
             state.patcher = PluginState(store, off="PATCHER_DISABLE is set")
             return
-        service = PatchService(engine_client, store)
+        service = PatchService(engine_client, store, settings.spacing)
         await service.restore()
-        state.patcher = PluginState(store, service)
+        vllm_client.watch_requests(engine_client, stamp.seen)
+        state.patcher = PluginState(store, service, mixed=service.transition.mixed)
 
 
 def _instance(args: Namespace) -> str:

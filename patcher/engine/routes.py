@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from patcher.engine.auth import Role, authorise
+from patcher.engine.mixed import MixedRequests
 from patcher.engine.service import PatchService
 from patcher.engine.store import Store
 from patcher.errors import (
@@ -31,11 +32,12 @@ Answer = Callable[[PatchService, Request, str], Awaitable[Response]]
 
 @dataclass(frozen=True)
 class PluginState:
-    """What the routes find in the app's state. ``off`` says why there is no service."""
+    """What routes and middleware find in the app's state. ``off``: why there is no service."""
 
     store: Store | None
     service: PatchService | None = None
     off: str = ""
+    mixed: MixedRequests | None = None
 
 
 class StackWanted(BaseModel):

@@ -12,16 +12,17 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from patcher.engine import vllm_client
 from patcher.engine.metrics import metrics
 from patcher.engine.observe import CHANGE, cause_of, observed
 from patcher.engine.ranks import Place, Ranks, agree, place
+from patcher.engine.spacing import DEFAULT_LONGEST
 from patcher.engine.stack import Stack, admit
 from patcher.engine.store import Store
-from patcher.engine.transition import Transition
+from patcher.engine.transition import Swapped, Transition
 from patcher.errors import PatcherError, StackChangedError, StackRacedError
 from patcher.patch import Manifest, Patch
 from patcher.protocol import InFlight
@@ -32,12 +33,17 @@ logger = logging.getLogger("vllm.patcher")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a change led to. ``seconds`` is all of it, ``pause_ms`` the engine's stop."""
+    """What a change led to. ``seconds`` is all of it, ``swapped`` what it cost."""
 
     stack: Stack
     seconds: float
-    pause_ms: float
-    change: str = ""
+    swapped: Swapped = field(default_factory=Swapped)
+    change: str = field(default_factory=CHANGE.get)
+
+    @property
+    def pause_ms(self) -> float:
+        """The engine's stop."""
+        return self.swapped.pause_ms
 
     def as_dict(self) -> dict[str, Any]:
         """The wire form."""
@@ -46,18 +52,20 @@ class Outcome:
             "stack": list(self.stack.ids),
             "weight_version": self.stack.version,
             "seconds": round(self.seconds, 4),
-            "pause_ms": round(self.pause_ms, 2),
+            "pause_ms": round(self.swapped.pause_ms, 2),
+            "mixed": self.swapped.mixed,
+            "spaced_ms": round(self.swapped.spaced_ms, 2),
         }
 
 
 class PatchService:
     """The API-server process's hand on the engine. The truth stays in workers and store."""
 
-    def __init__(self, client: Any, store: Store) -> None:
+    def __init__(self, client: Any, store: Store, spacing: float = DEFAULT_LONGEST) -> None:
         self.client = client
         self.store = store
         self.ranks = Ranks(client)
-        self.transition = Transition(self.ranks, store)
+        self.transition = Transition(self.ranks, store, spacing)
         self._turn = asyncio.Lock()
 
     # -- looking -----------------------------------------------------------------------------
@@ -192,7 +200,7 @@ class PatchService:
             target = admit(ids, await asyncio.to_thread(self.store.manifests))
             if target == before and not self.store.suspended:
                 # A retry of a change whose answer got lost.
-                return Outcome(before, time.monotonic() - began, 0.0, CHANGE.get())
+                return Outcome(before, time.monotonic() - began)
             if if_match != before.version:
                 raise _outdated(if_match, before, raced=if_match == arrived.version)
             detail: dict[str, Any] = {
@@ -209,13 +217,13 @@ class PatchService:
                 def done(digests: dict[str, list[str]]) -> None:
                     self.store.commit(target, "change-done", {**detail, "digests": digests})
 
-                pause_ms = await self.transition.run([before], target, before, in_flight, done)
+                swapped = await self.transition.run([before], target, before, in_flight, done)
             except BaseException as error:
                 told = {**detail, "cause": cause_of(error)}
                 await self._record_if_possible("change-failed", told)
                 raise
             metrics().in_force(target.ids)
-        return Outcome(target, time.monotonic() - began, pause_ms, CHANGE.get())
+        return Outcome(target, time.monotonic() - began, swapped)
 
     async def _reconcile(self, occasion: str) -> None:
         """Bring workers that serve another stack than the recorded one back to it."""

@@ -7,10 +7,13 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from patcher.engine import vllm_client
 from patcher.engine.metrics import metrics
+from patcher.engine.mixed import MixedRequests
 from patcher.engine.ranks import Place, Ranks, place, refusal
+from patcher.engine.spacing import DEFAULT_LONGEST, Spacing
 from patcher.engine.stack import Stack
 from patcher.engine.store import Store
 from patcher.errors import BaseMismatchError, EngineRefusedError, VerificationError
@@ -20,12 +23,26 @@ DRAIN_DEADLINE = 120.0  # seconds that `drain` waits for running requests
 logger = logging.getLogger("vllm.patcher")
 
 
+@dataclass(frozen=True)
+class Swapped:
+    """What a change cost: how long nothing ran and how long it waited to begin, in ms.
+
+    ``mixed``: how many requests went on over KV of the weights before.
+    """
+
+    pause_ms: float = 0.0
+    mixed: int = 0
+    spaced_ms: float = 0.0
+
+
 class Transition:
     """Stage beside the live weights, exchange them in a pause, read back; or put back."""
 
-    def __init__(self, ranks: Ranks, store: Store) -> None:
+    def __init__(self, ranks: Ranks, store: Store, spacing: float = DEFAULT_LONGEST) -> None:
         self.ranks = ranks
         self.store = store
+        self.spacing = Spacing(ranks.client, spacing)
+        self.mixed = MixedRequests(store.folder)
 
     async def run(
         self,
@@ -36,8 +53,8 @@ class Transition:
         record: Callable[[dict[str, list[str]]], object],
         *,
         healing: bool = False,
-    ) -> float:
-        """Change live weights and record the outcome; returns the pause in ms.
+    ) -> Swapped:
+        """Change live weights and record the outcome.
 
         ``served`` are the stacks that ranks serve now; ``fallback`` is the one in force where
         this fails. ``record`` gets each module's digests by rank. Unless this is ``healing``,
@@ -48,10 +65,11 @@ class Transition:
             if not healing:
                 await self.heal(fallback)
             digests = await self._stage(change_id, served, target)
+            spaced = await self.spacing.wait(in_flight)
         except BaseException as error:
             await self.discard(change_id)  # nothing live was touched
             raise refusal("The engine failed while staging", error) from error
-        pause_ms = await self._swap(change_id, target, fallback, in_flight)
+        pause_ms, mixed = await self._swap(change_id, target, fallback, in_flight)
         try:
             await self._read_back(digests)
             by_rank = {name: [d[at] for at in sorted(d)] for name, d in digests.items()}
@@ -61,7 +79,7 @@ class Transition:
                 await self.put_back(change_id, fallback, pause)
             raise refusal("The new stack could not be confirmed", error) from error
         await self.discard(change_id)
-        return pause_ms
+        return Swapped(pause_ms, mixed, spaced * 1000)
 
     async def heal(self, stack: Stack) -> None:
         """Every module in force must be what was put there: it is put back where the base is.
@@ -122,14 +140,18 @@ class Transition:
 
     async def _swap(
         self, change_id: str, target: Stack, fallback: Stack, in_flight: InFlight
-    ) -> float:
-        """Stop the engine, exchange the weights, drop what was cached; all or nothing."""
+    ) -> tuple[float, int]:
+        """Stop the engine, exchange the weights, drop what was cached; all or nothing.
+
+        Returns the pause in ms and how many requests go on over the KV that they have.
+        """
         stopped = time.monotonic()
         try:
             async with vllm_client.paused(self.ranks.client, in_flight, DRAIN_DEADLINE) as pause:
+                mixed = await self._keep_requests(change_id, in_flight)
                 try:
                     await self.ranks.call("patcher_commit", change_id)
-                    await vllm_client.flush(self.ranks.client)
+                    await self._flush(in_flight)
                     await vllm_client.set_weight_version(self.ranks.client, target.version)
                 except BaseException:
                     await self.put_back(change_id, fallback, pause)
@@ -142,7 +164,26 @@ class Transition:
             ) from None
         except BaseException as error:
             raise refusal("The engine failed in the change", error) from error
-        return (time.monotonic() - stopped) * 1000
+        return (time.monotonic() - stopped) * 1000, mixed
+
+    async def _keep_requests(self, change_id: str, in_flight: InFlight) -> int:
+        """Under ``continue`` cut running requests off from the others, before anything changes."""
+        if in_flight != "continue":
+            return 0
+        try:
+            mixed = await vllm_client.keep_requests(self.ranks.client)
+            await asyncio.to_thread(self.mixed.add, mixed)
+        except BaseException:
+            await self.discard(change_id)
+            raise
+        return len(mixed)
+
+    async def _flush(self, in_flight: InFlight) -> None:
+        if in_flight == "continue":  # its KV is unreachable already
+            await vllm_client.flush_inputs(self.ranks.client)
+            return
+        await self.spacing.note(in_flight)
+        await vllm_client.flush(self.ranks.client)
 
     async def _read_back(self, digests: dict[str, dict[Place, str]]) -> None:
         for name, expected in digests.items():

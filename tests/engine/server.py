@@ -110,7 +110,7 @@ class Server:
     # -- questions ---------------------------------------------------------------------------
 
     def complete(
-        self, prompt: str, tokens: int = 8, *, on: int | None = None, **more: Any
+        self, prompt: str | list[int], tokens: int = 8, *, on: int | None = None, **more: Any
     ) -> dict[str, Any]:
         """Greedy completion with log-probabilities: the choice as vLLM returns it.
 
@@ -124,11 +124,11 @@ class Server:
         return choice
 
     def stream(
-        self, prompt: str, tokens: int, *, on: int | None = None
+        self, prompt: str | list[int], tokens: int, *, on: int | None = None, **more: Any
     ) -> Generator[dict[str, Any]]:
         """The events of a streamed greedy completion."""
         body = {"model": "m", "prompt": prompt, "max_tokens": tokens, "temperature": 0}
-        body |= {"stream": True, "ignore_eos": True}
+        body |= {"stream": True, "ignore_eos": True, **more}
         with httpx.stream(
             "POST", f"{self.url}/v1/completions", json=body, headers=_to(on), timeout=120
         ) as answer:
