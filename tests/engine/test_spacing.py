@@ -17,19 +17,7 @@ from patcher.engine.stack import Stack
 from patcher.engine.store import Store
 from patcher.errors import EngineRefusedError
 from tests.engine.fake_vllm import FakeClient
-from tests.engine.test_faults import D_IN, D_OUT, RANKS, folded, make, put, run, same
-
-
-@pytest.fixture
-def weights() -> list[torch.Tensor]:
-    draw = torch.Generator().manual_seed(0)
-    return [torch.randn(D_OUT, D_IN, generator=draw).bfloat16() for _ in range(3)]
-
-
-@pytest.fixture
-def client(weights: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> FakeClient:
-    monkeypatch.setattr(vllm_client, "describe", lambda client: {})
-    return FakeClient(weights, RANKS)
+from tests.engine.test_faults import folded, make, put, run, same
 
 
 def serve(client: FakeClient, folder: Path, longest: float = 10.0) -> PatchService:
