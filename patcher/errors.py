@@ -23,7 +23,8 @@
     │   ├── ModelError              11
     │   ├── NumericalError          11   numbers that are not finite, an unstable solve
     │   └── NotEnoughMemoryError    11   more memory needed than there is
-    └── BarsNotMetError             12   a patch, but not within all of its bars (caller)
+    ├── BarsNotMetError             12   a patch, but not within all of its bars (caller)
+    └── GuardBreachedError          13   a guard did not hold; rolled back   (who chose the patch)
 
 The word in brackets says who can mend it. ``code`` is the error's name on the
 wire (``application/problem+json``, see ``docs/protocol.md``).
@@ -31,6 +32,7 @@ wire (``application/problem+json``, see ``docs/protocol.md``).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 
@@ -203,6 +205,18 @@ class BarsNotMetError(PatcherError):
     exit_code = 12
     http_status = 422
     result: Any = None
+
+
+class GuardBreachedError(PatcherError):
+    """A guard did not hold on the live engine, or couldn't be asked; the stack before is back.
+
+    ``results``: every guard's, as :class:`~patcher.protocol.GuardResult`.
+    """
+
+    code = "guard-breached"
+    exit_code = 13
+    http_status = 422
+    results: Sequence[Any] = ()
 
 
 def by_code(code: str) -> type[PatcherError]:

@@ -16,11 +16,13 @@ from patcher.engine.service import PatchService
 from patcher.engine.store import Store
 from patcher.errors import (
     EngineRefusedError,
+    GuardBreachedError,
     InvalidPatchError,
     PatcherError,
     StackChangedError,
     UsageError,
 )
+from patcher.guards import MAX_GUARDS, Guard
 from patcher.patch.container import MAX_FILE_BYTES
 from patcher.protocol import ROUTE, InFlight
 
@@ -46,11 +48,12 @@ class StackWanted(BaseModel):
     stack: list[str] = Field(max_length=4096)
     in_flight: InFlight = "recompute"
     reason: str = Field(default="", max_length=1024)
+    guards: list[Guard] = Field(default=[], max_length=MAX_GUARDS)
 
 
 def problem(error: PatcherError) -> JSONResponse:
     """The error as ``application/problem+json`` (RFC 9457)."""
-    body = {
+    body: dict[str, object] = {
         "type": f"urn:patcher:error:{error.code}",
         "title": error.code.replace("-", " "),
         "status": error.http_status,
@@ -58,6 +61,8 @@ def problem(error: PatcherError) -> JSONResponse:
         "cure": error.cure,
         "code": error.code,
     }
+    if isinstance(error, GuardBreachedError):
+        body["guards"] = list(error.results)
     headers = {"WWW-Authenticate": "Bearer"} if error.http_status == 401 else None
     return JSONResponse(body, error.http_status, headers, media_type="application/problem+json")
 
@@ -136,6 +141,7 @@ async def _put_stack(service: PatchService, request: Request, actor: str) -> Res
             in_flight=wanted.in_flight,
             actor=actor,
             reason=wanted.reason,
+            guards=wanted.guards,
         )
     )
     outcome = await asyncio.shield(change)

@@ -1,8 +1,8 @@
 """One change of the stack, from intent to outcome, over every rank of every engine.
 
 check what serves → stage (beside the live weights, while the engine serves) → pause → commit →
-flush → weight version → resume → read back → outcome on disk. Whatever fails on the way, the
-stack before is put back, and the engine goes on only when that is done.
+flush → weight version → resume → read back → guards → outcome on disk. Whatever fails on the
+way, the stack before is put back, and the engine goes on only when that is done.
 """
 
 from __future__ import annotations
@@ -11,19 +11,21 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from patcher.engine import vllm_client
+from patcher.engine.guards import GuardRun
 from patcher.engine.ranks import Place, Ranks, agree, place
 from patcher.engine.stack import Stack, admit
 from patcher.engine.store import Store
 from patcher.engine.transition import Transition
 from patcher.errors import PatcherError, StackChangedError
+from patcher.guards import Guard
 from patcher.patch import Manifest, Patch
-from patcher.protocol import InFlight
+from patcher.protocol import GuardResult, InFlight
 
 logger = logging.getLogger("vllm.patcher")
 
@@ -35,6 +37,7 @@ class Outcome:
     stack: Stack
     seconds: float
     pause_ms: float
+    guards: Sequence[GuardResult] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """The wire form."""
@@ -43,6 +46,7 @@ class Outcome:
             "weight_version": self.stack.version,
             "seconds": round(self.seconds, 4),
             "pause_ms": round(self.pause_ms, 2),
+            "guards": list(self.guards),
         }
 
 
@@ -138,13 +142,21 @@ class PatchService:
             await vllm_client.set_weight_version(self.client, stack.version)
 
     async def change(
-        self, ids: list[str], *, if_match: str, in_flight: InFlight, actor: str, reason: str = ""
+        self,
+        ids: list[str],
+        *,
+        if_match: str,
+        in_flight: InFlight,
+        actor: str,
+        reason: str = "",
+        guards: Sequence[Guard] = (),
     ) -> Outcome:
         """Make ``ids`` the stack in force, on every rank or on none.
 
         Raises :class:`StackChangedError` where ``if_match`` isn't the weight version in force,
-        :class:`VerificationError` where something else changed the live weights, what
-        :func:`admit` raises, and what a rank refused with.
+        :class:`VerificationError` where something else changed the live weights,
+        :class:`GuardBreachedError` where one of ``guards`` didn't hold, what :func:`admit`
+        raises, and what a rank refused with.
         """
         began = time.monotonic()
         async with self._exclusive():
@@ -159,6 +171,8 @@ class PatchService:
                     f"The weight version in force is {before.version[:16]}, not {if_match[:16]}.",
                     "Somebody changed the stack; look at `patcher status` and try again.",
                 )
+            asked = GuardRun(self.client, guards)
+            await asked.prepare()
             detail: dict[str, Any] = {
                 "change": secrets.token_hex(8),
                 "actor": actor,
@@ -170,14 +184,18 @@ class PatchService:
             try:
 
                 def done(digests: dict[str, list[str]]) -> None:
-                    self.store.commit(target, "change-done", {**detail, "digests": digests})
+                    told = {**detail, "digests": digests, **asked.told()}
+                    self.store.commit(target, "change-done", told)
 
-                pause_ms = await self.transition.run([before], target, before, in_flight, done)
+                pause_ms = await self.transition.run(
+                    [before], target, before, in_flight, done, asked.confirm
+                )
             except BaseException as error:
                 cause = error.code if isinstance(error, PatcherError) else type(error).__name__
-                await self._record_if_possible("change-failed", {**detail, "cause": cause})
+                told = {**detail, "cause": cause, **asked.told()}
+                await self._record_if_possible("change-failed", told)
                 raise
-        return Outcome(target, time.monotonic() - began, pause_ms)
+        return Outcome(target, time.monotonic() - began, pause_ms, asked.results)
 
     async def _reconcile(self, occasion: str) -> None:
         """Bring workers that serve another stack than the recorded one back to it."""
