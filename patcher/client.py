@@ -38,6 +38,7 @@ from patcher.protocol import (
 )
 
 if TYPE_CHECKING:
+    from patcher.guards import GuardSource
     from patcher.patch import Patch
 
 PatchSource: TypeAlias = "Patch | bytes | str | PathLike[str]"
@@ -137,23 +138,32 @@ class Engine:
         return Patch.from_bytes(self._request("GET", f"patches/{_whole_id(patch_id)}").content)
 
     def apply(
-        self, *patches: PatchSource, in_flight: InFlight = "recompute", reason: str = ""
+        self,
+        *patches: PatchSource,
+        in_flight: InFlight = "recompute",
+        reason: str = "",
+        guards: GuardSource | Sequence[GuardSource] = (),
     ) -> Change:
         """Upload patches (paths, bytes or :class:`~patcher.Patch`) and put them on the top.
 
         All of them or none, in one change. Files are read and checked before the first
         request. ``in_flight`` says what happens to running requests: ``recompute`` (they go
         on, recomputed under the new weights), ``drain`` (they end first), ``abort``.
+        ``guards`` are JSON Lines files or mappings (docs/protocol.md, "Guards") that must hold
+        on the live engine, or the change is taken back.
 
         Raises :class:`~patcher.errors.InvalidPatchError`,
         :class:`~patcher.errors.AlreadyAppliedError`,
         :class:`~patcher.errors.BaseMismatchError`,
         :class:`~patcher.errors.StackConflictError` (somebody else changed the stack
-        meanwhile), :class:`~patcher.errors.EngineRefusedError` (rolled back).
+        meanwhile), :class:`~patcher.errors.EngineRefusedError` (rolled back),
+        :class:`~patcher.errors.GuardBreachedError` (the same; ``results`` has the guards'),
+        :class:`~patcher.errors.InputError` (a guard that can't be used).
         """
         if not patches:
             raise UsageError("No patch to apply.", "Name at least one patch file.")
         read = [_read(patch) for patch in patches]
+        checked = _guards(guards)
         status = self.status()
         wanted = list(status["stack"])
         for patch in read:
@@ -166,7 +176,11 @@ class Engine:
         for patch in read:
             self._upload(patch)
         return self.set_stack(
-            wanted, expect=status["weight_version"], in_flight=in_flight, reason=reason
+            wanted,
+            expect=status["weight_version"],
+            in_flight=in_flight,
+            reason=reason,
+            guards=checked,
         )
 
     def revert(
@@ -175,6 +189,7 @@ class Engine:
         all: bool = False,  # noqa: A002 - the command's own word
         in_flight: InFlight = "recompute",
         reason: str = "",
+        guards: GuardSource | Sequence[GuardSource] = (),
     ) -> Change:
         """Take patches out of the stack, from anywhere in it; ``all`` gives the base back.
 
@@ -186,6 +201,7 @@ class Engine:
         """
         if all == bool(ids):
             raise UsageError("Say which patches to revert.", "Give their ids, or ask for all.")
+        checked = _guards(guards)
         status = self.status()
         gone = set(status["stack"] if all else resolve(ids, status["stack"]))
         return self.set_stack(
@@ -193,6 +209,7 @@ class Engine:
             expect=status["weight_version"],
             in_flight=in_flight,
             reason=reason,
+            guards=checked,
         )
 
     def set_stack(
@@ -202,19 +219,23 @@ class Engine:
         expect: str,
         in_flight: InFlight = "recompute",
         reason: str = "",
+        guards: GuardSource | Sequence[GuardSource] = (),
     ) -> Change:
         """Make the stack exactly ``stack`` (whole ids, the bottom first).
 
         ``expect`` is the weight version that the wish is based on: the engine refuses with
         :class:`~patcher.errors.StackChangedError` if it isn't the current one any more.
         """
+        body: dict[str, Any] = {"stack": list(stack), "in_flight": in_flight, "reason": reason}
+        if checked := _guards(guards):
+            body["guards"] = checked
         answer = self._call(
             "PUT",
             "stack",
             ("stack", "weight_version", "seconds", "pause_ms"),
             wait=_CHANGE_S,
             headers={"If-Match": f'"{expect}"'},
-            json={"stack": list(stack), "in_flight": in_flight, "reason": reason},
+            json=body,
         )
         return cast(Change, answer)
 
@@ -345,6 +366,12 @@ def _read(source: PatchSource) -> Patch:
     if isinstance(source, Patch):
         return source
     return Patch.from_bytes(source) if isinstance(source, bytes) else Patch.read(source)
+
+
+def _guards(sources: GuardSource | Sequence[GuardSource]) -> list[dict[str, Any]]:
+    from patcher.guards import read_guards
+
+    return read_guards(sources) if sources else []
 
 
 def _json_object(answer: httpx.Response) -> dict[str, Any] | None:

@@ -24,7 +24,8 @@
     │   ├── ModelError              11
     │   ├── NumericalError          11   numbers that are not finite, an unstable solve
     │   └── NotEnoughMemoryError    11   more memory needed than there is
-    └── BarsNotMetError             12   a patch, but not within all of its bars (caller)
+    ├── BarsNotMetError             12   a patch, but not within all of its bars (caller)
+    └── GuardBreachedError          13   a guard did not hold; rolled back   (who chose the patch)
 
 The word in brackets says who can mend it. ``code`` is the error's name on the
 wire (``application/problem+json``, see ``docs/protocol.md``).
@@ -215,6 +216,22 @@ class BarsNotMetError(PatcherError):
     exit_code = 12
     http_status = 422
     result: Any = None
+
+
+class GuardBreachedError(PatcherError):
+    """A guard did not hold on the live engine, or couldn't be asked; the stack before is back.
+
+    ``details``: ``guards``, every guard's :class:`~patcher.protocol.GuardResult`.
+    """
+
+    code = "guard-breached"
+    exit_code = 13
+    http_status = 422
+
+    @property
+    def results(self) -> list[Any]:
+        """Every guard's result, as it was sent."""
+        return list(self.details.get("guards", []))
 
 
 def by_code(code: str) -> type[PatcherError]:

@@ -5,7 +5,7 @@ The whole of it is ``docs/protocol.md``.
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeAlias, TypedDict, get_args
+from typing import Any, Literal, NotRequired, TypeAlias, TypedDict, get_args
 
 ROUTE = "/plugins/patcher/v1"
 
@@ -78,11 +78,29 @@ class StoredPatch(TypedDict):
     in_force: bool
 
 
+class GuardResult(TypedDict):
+    """What one bound of one guard came to, on the data-parallel engine where it came out worst.
+
+    ``guard``: its name; ``bound``: which of its bounds; ``limit``: the bound where it is a
+    number; ``value``: what was measured, a number or whether the words were said; null where
+    it couldn't be, and ``problem`` says why. No text of the guard, and none of the engine's.
+    """
+
+    guard: str
+    bound: str
+    limit: float | None
+    value: float | bool | None
+    ok: bool
+    engine: int
+    problem: str
+
+
 class Change(TypedDict):
     """The stack after a change. ``seconds``: all of it; ``pause_ms``: how long nothing ran.
 
     ``mixed``: how many requests go on over KV of the weights before (``continue``).
     ``spaced_ms``: how long it waited for requests that an earlier change had recomputed.
+    ``guards``: the guards' results, all of them ok.
     ``change``: its id in the ledger and in the server's log.
     """
 
@@ -93,6 +111,7 @@ class Change(TypedDict):
     pause_ms: float
     mixed: int
     spaced_ms: float
+    guards: NotRequired[list[GuardResult]]
 
 
 class LiveModule(TypedDict):

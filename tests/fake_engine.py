@@ -125,7 +125,9 @@ class FakeEngine:
         )
         self.stack = body["stack"]
         version = version_of(self.stack)
-        change = {"stack": self.stack, "weight_version": version}
+        change: dict[str, Any] = {"stack": self.stack, "weight_version": version}
+        if "guards" in body:
+            change["guards"] = [{"guard": g["name"], "ok": True} for g in body["guards"]]
         return json_reply({"change": "c0ffee", **change, "seconds": 0.25, "pause_ms": 31.5})
 
     def post_verify(self, request: Request) -> Reply:

@@ -17,7 +17,13 @@ from tests.unlearn import tiny
 from tests.unlearn.conftest import said_by
 
 HEAVY = ("torch", "vllm", "transformers", "httpx", "rich", "pydantic", "numpy", "safetensors")
-WITH_EXAMPLES = ("patcher.address", "patcher.doctor", "patcher.cli.output")
+WITH_EXAMPLES = (
+    "patcher.address",
+    "patcher.doctor",
+    "patcher.cli.output",
+    "patcher.text",
+    "patcher.durations",
+)
 
 
 def test_the_public_names_are_these() -> None:
@@ -31,6 +37,7 @@ def test_the_public_names_are_these() -> None:
         "EngineUnreachableError",
         "ForgetSetError",
         "FormatVersionError",
+        "GuardBreachedError",
         "InputError",
         "InvalidPatchError",
         "ModelError",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,7 +12,7 @@ from patcher.cli.output import facts, print_json, short
 
 if TYPE_CHECKING:
     from patcher.client import Engine
-    from patcher.protocol import Change, InFlight
+    from patcher.protocol import Change
 
 
 @click.command()
@@ -20,14 +20,12 @@ if TYPE_CHECKING:
 @engine_options
 @change_options
 @json_option
-def apply(
-    engine: Engine, patches: tuple[Path, ...], in_flight: InFlight, reason: str, as_json: bool
-) -> None:
+def apply(engine: Engine, patches: tuple[Path, ...], as_json: bool, **wishes: Any) -> None:
     """Put patches on the top of the stack, live.
 
     All of them or none, in one change. The files are checked before the engine is asked.
     """
-    _print(engine.apply(*patches, in_flight=in_flight, reason=reason), as_json)
+    _print(engine.apply(*patches, **wishes), as_json)
 
 
 @click.command()
@@ -40,16 +38,15 @@ def revert(
     engine: Engine,
     ids: tuple[str, ...],
     everything: bool,
-    in_flight: InFlight,
-    reason: str,
     as_json: bool,
+    **wishes: Any,
 ) -> None:
     """Take patches out of the stack, from anywhere in it.
 
     Ids may be shortened while they are unambiguous. The weights are afterwards those of a
     fresh fold of what is left; with nothing left, the base to the bit.
     """
-    _print(engine.revert(*ids, all=everything, in_flight=in_flight, reason=reason), as_json)
+    _print(engine.revert(*ids, all=everything, **wishes), as_json)
 
 
 def _print(change: Change, as_json: bool) -> None:
@@ -57,13 +54,14 @@ def _print(change: Change, as_json: bool) -> None:
         print_json(change)
         return
     in_force = ", ".join(map(short, reversed(change["stack"]))) or "nothing: the base"
-    facts(
-        [
-            (
-                "done in",
-                f"{change['seconds']:.2f} s, serving paused for {change['pause_ms']:.0f} ms",
-            ),
-            ("in force", in_force),
-            ("weight version", change["weight_version"]),
-        ]
-    )
+    rows = [
+        (
+            "done in",
+            f"{change['seconds']:.2f} s, serving paused for {change['pause_ms']:.0f} ms",
+        ),
+        ("in force", in_force),
+        ("weight version", change["weight_version"]),
+    ]
+    if guarded := change.get("guards"):
+        rows.append(("guards", f"{len(guarded)} bound(s) hold"))
+    facts(rows)

@@ -79,6 +79,10 @@ def log(engine: Engine, after: int, as_json: bool) -> None:
 def _entry(entry: LedgerEntry) -> tuple[object, ...]:
     # Digests of weights by module and rank are for --json: a table can't hold them.
     shown = {name: value for name, value in entry["detail"].items() if name != "digests"}
+    if guards := shown.get("guards"):
+        shown["guards"] = [
+            f"{g['guard']}: {g['bound']} {g['value']}" for g in guards if not g["ok"]
+        ]
     what = " ".join(f"{name}={_brief(value)}" for name, value in shown.items() if value)
     return entry["seq"], entry["time"], entry["event"], what
 

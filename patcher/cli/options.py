@@ -157,8 +157,17 @@ def stack_options(command: Command) -> Command:
 
 
 def change_options(command: Command) -> Command:
-    """``--in-flight`` and ``--reason`` of a change of the stack."""
+    """``--in-flight``, ``--reason`` and ``--guard`` of a change of the stack."""
     for option in (
+        click.option(
+            "--guard",
+            "guards",
+            multiple=True,
+            type=existing_file,
+            metavar="G.jsonl",
+            help="Prompts and bounds that must hold on the live engine, or the change is taken "
+            "back; again for more.",
+        ),
         click.option(
             "--reason", default="", metavar="TEXT", help="Why, for the ledger. Not secret."
         ),

@@ -22,6 +22,7 @@ from patcher.errors import (
     StackChangedError,
     UsageError,
 )
+from patcher.guards import MAX_GUARDS, Guard
 from patcher.patch.container import MAX_FILE_BYTES
 from patcher.protocol import ROUTE, InFlight
 
@@ -48,6 +49,7 @@ class StackWanted(BaseModel):
     stack: list[str] = Field(max_length=4096)
     in_flight: InFlight = "recompute"
     reason: str = Field(default="", max_length=1024)
+    guards: list[Guard] = Field(default=[], max_length=MAX_GUARDS)
 
 
 def problem(error: PatcherError) -> JSONResponse:
@@ -139,6 +141,7 @@ async def _put_stack(service: PatchService, request: Request, actor: str) -> Res
             in_flight=wanted.in_flight,
             actor=actor,
             reason=wanted.reason,
+            guards=wanted.guards,
         )
     )
     outcome = await asyncio.shield(change)

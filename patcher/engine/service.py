@@ -1,8 +1,8 @@
 """One change of the stack, from intent to outcome, over every rank of every engine.
 
 check what serves → stage (beside the live weights, while the engine serves) → pause → commit →
-flush → weight version → resume → read back → outcome on disk. Whatever fails on the way, the
-stack before is put back, and the engine goes on only when that is done.
+flush → weight version → resume → read back → guards → outcome on disk. Whatever fails on the
+way, the stack before is put back, and the engine goes on only when that is done.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from patcher.engine import vllm_client
+from patcher.engine.guards import GuardRun
 from patcher.engine.metrics import metrics
 from patcher.engine.observe import CHANGE, cause_of, observed
 from patcher.engine.ranks import Place, Ranks, agree, place
@@ -24,8 +25,9 @@ from patcher.engine.stack import Stack, admit
 from patcher.engine.store import Store
 from patcher.engine.transition import Swapped, Transition
 from patcher.errors import PatcherError, StackChangedError, StackRacedError
+from patcher.guards import Guard
 from patcher.patch import Manifest, Patch
-from patcher.protocol import InFlight
+from patcher.protocol import GuardResult, InFlight
 
 HEALTH_DEADLINE = 10.0  # seconds in which every rank must answer a probe
 logger = logging.getLogger("vllm.patcher")
@@ -38,6 +40,7 @@ class Outcome:
     stack: Stack
     seconds: float
     swapped: Swapped = field(default_factory=Swapped)
+    guards: Sequence[GuardResult] = ()
     change: str = field(default_factory=CHANGE.get)
 
     @property
@@ -55,6 +58,7 @@ class Outcome:
             "pause_ms": round(self.swapped.pause_ms, 2),
             "mixed": self.swapped.mixed,
             "spaced_ms": round(self.swapped.spaced_ms, 2),
+            "guards": list(self.guards),
         }
 
 
@@ -183,14 +187,22 @@ class PatchService:
 
     @observed
     async def change(
-        self, ids: list[str], *, if_match: str, in_flight: InFlight, actor: str, reason: str = ""
+        self,
+        ids: list[str],
+        *,
+        if_match: str,
+        in_flight: InFlight,
+        actor: str,
+        reason: str = "",
+        guards: Sequence[Guard] = (),
     ) -> Outcome:
         """Make ``ids`` the stack in force, on every rank or on none.
 
         Raises :class:`StackChangedError` where ``if_match`` isn't the weight version in force,
         :class:`StackRacedError` where it was until another change ended first,
-        :class:`VerificationError` where something else changed the live weights, what
-        :func:`admit` raises, and what a rank refused with.
+        :class:`VerificationError` where something else changed the live weights,
+        :class:`GuardBreachedError` where one of ``guards`` didn't hold, what :func:`admit`
+        raises, and what a rank refused with.
         """
         began = time.monotonic()
         arrived = self.store.in_force()  # at once: a thread may be late
@@ -203,6 +215,8 @@ class PatchService:
                 return Outcome(before, time.monotonic() - began)
             if if_match != before.version:
                 raise _outdated(if_match, before, raced=if_match == arrived.version)
+            asked = GuardRun(self.client, guards)
+            await asked.prepare()
             detail: dict[str, Any] = {
                 "change": CHANGE.get(),
                 "actor": actor,
@@ -215,15 +229,18 @@ class PatchService:
             try:
 
                 def done(digests: dict[str, list[str]]) -> None:
-                    self.store.commit(target, "change-done", {**detail, "digests": digests})
+                    told = {**detail, "digests": digests, **asked.told()}
+                    self.store.commit(target, "change-done", told)
 
-                swapped = await self.transition.run([before], target, before, in_flight, done)
+                swapped = await self.transition.run(
+                    [before], target, before, in_flight, done, asked.confirm
+                )
             except BaseException as error:
-                told = {**detail, "cause": cause_of(error)}
+                told = {**detail, "cause": cause_of(error), **asked.told()}
                 await self._record_if_possible("change-failed", told)
                 raise
             metrics().in_force(target.ids)
-        return Outcome(target, time.monotonic() - began, swapped)
+        return Outcome(target, time.monotonic() - began, swapped, asked.results)
 
     async def _reconcile(self, occasion: str) -> None:
         """Bring workers that serve another stack than the recorded one back to it."""

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from patcher.engine import vllm_client
@@ -51,14 +51,16 @@ class Transition:
         fallback: Stack,
         in_flight: InFlight,
         record: Callable[[dict[str, list[str]]], object],
+        confirm: Callable[[], Awaitable[None]] | None = None,
         *,
         healing: bool = False,
     ) -> Swapped:
         """Change live weights and record the outcome.
 
         ``served`` are the stacks that ranks serve now; ``fallback`` is the one in force where
-        this fails. ``record`` gets each module's digests by rank. Unless this is ``healing``,
-        live weights are healed first.
+        this fails. ``record`` gets each module's digests by rank. ``confirm`` looks at the
+        engine while it serves the new stack: what it raises takes the change back. Unless this
+        is ``healing``, live weights are healed first.
         """
         change_id = secrets.token_hex(8)
         try:
@@ -72,6 +74,8 @@ class Transition:
         pause_ms, mixed = await self._swap(change_id, target, fallback, in_flight)
         try:
             await self._read_back(digests)
+            if confirm is not None:
+                await confirm()
             by_rank = {name: [d[at] for at in sorted(d)] for name, d in digests.items()}
             await asyncio.to_thread(record, by_rank)
         except BaseException as error:

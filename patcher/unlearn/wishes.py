@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from ..text import says
 from .prompts import Encoded
 from .slopes import Wish
 
@@ -67,9 +67,3 @@ def leak(
     stop = next(m for m in range(1, len(ids) + 1) if says(tokenizer.decode(ids[:m]), target))
     start = next(s for s in range(stop - 1, -1, -1) if says(tokenizer.decode(ids[s:stop]), target))
     return Wish([*fact.prompt, *ids[:start]], ids[start], SUPPRESS, index)
-
-
-def says(text: str, target: str) -> bool:
-    """Whether ``target`` stands in ``text`` as words of its own, whatever the case."""
-    words = re.escape(target.strip().casefold())
-    return re.search(rf"(?<!\w){words}(?!\w)", text.casefold()) is not None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from tests.cli.running import document, run, run_on
-from tests.fake_engine import TOKEN, FakeEngine, json_reply, version_of
+from tests.fake_engine import TOKEN, FakeEngine, json_reply, problem, version_of
 from tests.small_patch import MODULE, small_patch
 
 
@@ -26,6 +27,48 @@ def test_apply_passes_policy_and_reason_on(fake: FakeEngine, patch_file: Path) -
     run_on(fake, "apply", patch_file, "--in-flight", "abort", "--reason", "request 17")
     assert b'"in_flight":"abort"' in fake.requests[-1].body.replace(b" ", b"")
     assert fake.entries[-1]["detail"]["reason"] == "request 17"
+
+
+def test_guards_go_with_a_change_and_come_back(
+    fake: FakeEngine, patch_file: Path, tmp_path: Path
+) -> None:
+    guards = tmp_path / "g.jsonl"
+    guards.write_text('{"name": "stays", "prompt": "p", "must_contain": "x"}\n')
+    told = document(run_on(fake, "apply", patch_file, "--guard", guards, "--json"))
+    assert told["guards"] == [{"guard": "stays", "ok": True}]
+    sent = json.loads(fake.requests[-1].body)["guards"]
+    assert sent == [{"name": "stays", "prompt": "p", "must_contain": "x", "tokens": 24}]
+    result = run_on(fake, "revert", "--all", "--guard", guards, "--guard", guards)
+    assert "2 bound(s) hold" in result.stdout
+
+
+def test_a_breached_guard_is_exit_13_and_tells_all_of_them(
+    fake: FakeEngine, patch_file: Path, tmp_path: Path
+) -> None:
+    guards = tmp_path / "g.jsonl"
+    guards.write_text('{"prompt": "p", "must_contain": "x"}\n')
+    row = {"guard": "g.jsonl line 1", "bound": "must_contain", "value": False, "ok": False}
+    refused = problem("guard-breached", 422, "One did not hold.", "Look.")
+    body = json.dumps({**json.loads(refused.body), "guards": [row]}).encode()
+    fake.instead["PUT", "stack"] = refused._replace(body=body)
+    result = run_on(fake, "apply", patch_file, "--guard", guards, "--json")
+    assert result.exit_code == 13
+    assert document(result)["error"]["guards"] == [row]
+    fake.entries.append(
+        {"seq": 1, "time": "t", "event": "change-failed", "detail": {"guards": [row]}}
+    )
+    assert "guards=[g.jsonl line 1: must_contain False]" in run_on(fake, "log").stdout
+
+
+def test_guards_that_are_none_are_exit_11_and_change_nothing(
+    fake: FakeEngine, patch_file: Path, tmp_path: Path
+) -> None:
+    guards = tmp_path / "g.jsonl"
+    guards.write_text('{"prompt": "p"}\n')
+    result = run_on(fake, "apply", patch_file, "--guard", guards, "--json")
+    assert result.exit_code == 11
+    assert "g.jsonl line 1" in document(result)["error"]["message"]
+    assert fake.requests == []
 
 
 def test_apply_says_for_people_how_long_serving_paused(fake: FakeEngine, patch_file: Path) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from ...text import says
 from ...unlearn.forward import TOKENS, batches, continuations, logits
 from ...unlearn.models import Model
 from ...unlearn.prompts import render
-from ...unlearn.wishes import says
 from ..asking import finite, spoken
 from ..intervals import of_facts, share
 from .attacks import Found, outcomes
