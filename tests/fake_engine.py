@@ -134,6 +134,10 @@ class FakeEngine:
         modules = {name: self.live_ok for one in self.stack for name in self._patch(one).deltas}
         return json_reply({"ok": self.live_ok, "modules": modules, "ranks": []})
 
+    def post_heal(self, request: Request) -> Reply:
+        self.live_ok = True
+        return self.post_verify(request)
+
     def get_ledger(self, request: Request) -> Reply:
         after = int(request.path.partition("after=")[2] or 0)
         return json_reply({"entries": [one for one in self.entries if one["seq"] > after]})
