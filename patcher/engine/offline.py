@@ -29,6 +29,7 @@ from patcher.engine.routes import PluginState, router
 from patcher.engine.service import PatchService
 from patcher.engine.settings import Settings, asked_for
 from patcher.engine.store import Store
+from patcher.engine.versions import check_vllm
 from patcher.engine.vllm_offline import OfflineClient
 from patcher.errors import EngineRefusedError, UsageError
 
@@ -170,6 +171,9 @@ def _client(engine: Any) -> OfflineClient:
     client = OfflineClient(engine)
     if Settings.read("").disabled:
         raise EngineRefusedError("patcher is off: PATCHER_DISABLE is set.", "Unset it.")
+    import vllm
+
+    check_vllm(vllm.__version__)
     if client.vllm_config.parallel_config.data_parallel_size > 1:
         raise EngineRefusedError(
             "This LLM is one of several data-parallel ones, which must change together.",
