@@ -174,13 +174,14 @@ def _client(engine: Any) -> OfflineClient:
     import vllm
 
     check_vllm(vllm.__version__)
-    if client.vllm_config.parallel_config.data_parallel_size > 1:
+    parallel = client.vllm_config.parallel_config
+    if parallel.data_parallel_size > 1:
         raise EngineRefusedError(
             "This LLM is one of several data-parallel ones, which must change together.",
             "Serve with `patcher serve --data-parallel-size`, or use tensor parallelism.",
         )
-    if client.in_process:
-        worker.install()  # the worker is here too, or has the plugin
+    if client.in_process and parallel.world_size == 1:
+        worker.install()  # the worker is in this process too
     elif not asked_for():
         # Known without a call: one that every rank refuses leaves their replies off by one.
         raise EngineRefusedError(
