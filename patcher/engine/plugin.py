@@ -6,6 +6,7 @@ Read in vLLM 0.32.0: ``vllm/plugins/__init__.py`` and
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 from argparse import Namespace
@@ -49,6 +50,7 @@ class PatcherEndpoint:
         Whatever fails is raised: vLLM then ends without having served a request.
         """
         from patcher.engine.auth import ensure_token
+        from patcher.engine.lifetimes import expire, watch
         from patcher.engine.routes import PluginState
         from patcher.engine.service import PatchService
         from patcher.engine.store import Store
@@ -72,7 +74,9 @@ class PatcherEndpoint:
             return
         service = PatchService(engine_client, store)
         await service.restore()
+        await expire(service)  # what ran out while nothing served
         state.patcher = PluginState(store, service)
+        self._watch = asyncio.create_task(watch(service))  # as long as the server
 
 
 def _instance(args: Namespace) -> str:
