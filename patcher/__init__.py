@@ -39,6 +39,7 @@ from patcher.errors import (
     RoleTooWeakError,
     StackChangedError,
     StackConflictError,
+    StackRacedError,
     TrustError,
     UnknownPatchError,
     UsageError,
@@ -47,6 +48,7 @@ from patcher.errors import (
 
 if TYPE_CHECKING:
     from patcher.client import Engine
+    from patcher.engine.offline import attach
     from patcher.evaluation import evaluate
     from patcher.patch import Patch
     from patcher.unlearn import compute
@@ -75,11 +77,13 @@ __all__ = [
     "RoleTooWeakError",
     "StackChangedError",
     "StackConflictError",
+    "StackRacedError",
     "TrustError",
     "UnknownPatchError",
     "UsageError",
     "VerificationError",
     "__version__",
+    "attach",
     "compute",
     "evaluate",
 ]
@@ -88,6 +92,7 @@ __all__ = [
 _LAZY = {
     "Engine": "patcher.client",
     "Patch": "patcher.patch",
+    "attach": "patcher.engine.offline",
     "compute": "patcher.unlearn",
     "evaluate": "patcher.evaluation",
 }

@@ -21,7 +21,6 @@ from patcher.errors import (
     AlreadyAppliedError,
     AmbiguousIdError,
     EngineUnreachableError,
-    GuardBreachedError,
     PatcherError,
     PermissionDeniedError,
     UnknownPatchError,
@@ -61,7 +60,8 @@ class Engine:
     ``url`` is the server's root (not its ``/v1``), by default ``PATCHER_ENGINE``; ``token``
     an admin token of the plugin (never vLLM's API key), by default ``PATCHER_TOKEN``.
     ``timeout`` is how many seconds an answer may take; changes of the stack wait up to an
-    hour, because draining may last.
+    hour, because draining may last. ``transport``: how requests get there, where not by
+    a socket (:func:`patcher.attach`).
 
     >>> import patcher
     >>> with patcher.Engine("http://127.0.0.1:8000", token="...") as engine:
@@ -78,7 +78,12 @@ class Engine:
     """
 
     def __init__(
-        self, url: str | None = None, token: str | None = None, *, timeout: float = 30.0
+        self,
+        url: str | None = None,
+        token: str | None = None,
+        *,
+        timeout: float = 30.0,
+        transport: httpx.BaseTransport | None = None,
     ) -> None:
         self.url = checked_url(url or os.environ.get("PATCHER_ENGINE") or "")
         token = checked_token(token or os.environ.get("PATCHER_TOKEN") or "")
@@ -86,6 +91,7 @@ class Engine:
         self._client = httpx.Client(
             headers={"Authorization": f"Bearer {token}"} if token else {},
             timeout=httpx.Timeout(timeout, connect=min(timeout, _CONNECT_S)),
+            transport=transport,
             # Servers drop idle connections after five seconds: be first.
             limits=httpx.Limits(keepalive_expiry=2.0),
             # An engine on this very machine is never reached through the environment's proxy.
@@ -268,6 +274,14 @@ class Engine:
         """
         return cast(Verification, self._call("POST", "verify", ("ok", "modules"), wait=_VERIFY_S))
 
+    def heal(self) -> Verification:
+        """Put back what a weight reload or a wake from sleep reset to the base; then verify.
+
+        Raises :class:`~patcher.errors.VerificationError` where a live weight is neither what
+        was put there nor its base.
+        """
+        return cast(Verification, self._call("POST", "heal", ("ok", "modules"), wait=_VERIFY_S))
+
     def ledger(self, after: int = 0) -> list[LedgerEntry]:
         """Who changed the stack, when and to what: the entries after number ``after``."""
         answer = self._call("GET", "ledger", ("entries",), params={"after": after})
@@ -321,10 +335,7 @@ class Engine:
         code = _problem_code(problem)
         detail, cure = str(problem.get("detail") or ""), str(problem.get("cure") or "")
         if code and by_code(code) is not PatcherError:
-            error = by_code(code)(detail or code, cure)
-            if isinstance(error, GuardBreachedError) and isinstance(problem.get("guards"), list):
-                error.results = problem["guards"]
-            raise error
+            raise by_code(code)(detail or code, cure, **_details(problem))
         if answer.status_code in (401, 403):
             raise PermissionDeniedError(
                 detail or f"{self.url} refused the token.",
@@ -397,6 +408,11 @@ def _json_object(answer: httpx.Response) -> dict[str, Any] | None:
     except ValueError:
         return None
     return value if isinstance(value, dict) else None
+
+
+def _details(problem: Mapping[str, Any]) -> dict[str, Any]:
+    known = {"type", "title", "status", "detail", "cure", "code", "message"}
+    return {key: value for key, value in problem.items() if key not in known}
 
 
 def _problem_code(problem: Mapping[str, Any]) -> str:

@@ -12,7 +12,8 @@
     │   ├── UnknownPatchError        6   no such id in the stack or store
     │   ├── AmbiguousIdError         6   a shortened id fits several
     │   ├── AlreadyAppliedError      6   the patch is in force already
-    │   └── StackChangedError        6   somebody else changed it meanwhile
+    │   └── StackChangedError        6   somebody else changed it before
+    │       └── StackRacedError      6   another change, asked for at the same time, won
     ├── EngineUnreachableError       7   no answer from that URL             (operator)
     ├── EngineRefusedError           8   refused or rolled back; as before   (operator)
     ├── VerificationError            9   live weights are not what they must be (operator)
@@ -32,21 +33,24 @@ wire (``application/problem+json``, see ``docs/protocol.md``).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 
 class PatcherError(Exception):
-    """Base of all. ``message`` names the cause, ``cure`` what to do about it."""
+    """Base of all. ``message`` names the cause, ``cure`` what to do about it.
+
+    ``details``: what a program may want to know, as JSON values; sent with the error.
+    """
 
     code: ClassVar[str] = "internal"
     exit_code: ClassVar[int] = 1
     http_status: ClassVar[int] = 500
 
-    def __init__(self, message: str, cure: str = "") -> None:
+    def __init__(self, message: str, cure: str = "", **details: Any) -> None:
         super().__init__(message)
         self.message = message
         self.cure = cure
+        self.details = details
 
     def __str__(self) -> str:
         return f"{self.message} {self.cure}".strip()
@@ -118,10 +122,17 @@ class AlreadyAppliedError(StackConflictError):
 
 
 class StackChangedError(StackConflictError):
-    """Somebody else changed the stack meanwhile."""
+    """Somebody else changed the stack before. ``details``: ``stack``, ``weight_version`` now."""
 
     code = "stack-changed"
     http_status = 412
+
+
+class StackRacedError(StackChangedError):
+    """Two changes at once: another one won. ``details``: ``stack``, ``weight_version`` now."""
+
+    code = "stack-raced"
+    http_status = 409
 
 
 class EngineUnreachableError(PatcherError):
@@ -210,13 +221,17 @@ class BarsNotMetError(PatcherError):
 class GuardBreachedError(PatcherError):
     """A guard did not hold on the live engine, or couldn't be asked; the stack before is back.
 
-    ``results``: every guard's, as :class:`~patcher.protocol.GuardResult`.
+    ``details``: ``guards``, every guard's :class:`~patcher.protocol.GuardResult`.
     """
 
     code = "guard-breached"
     exit_code = 13
     http_status = 422
-    results: Sequence[Any] = ()
+
+    @property
+    def results(self) -> list[Any]:
+        """Every guard's result, as it was sent."""
+        return list(self.details.get("guards", []))
 
 
 def by_code(code: str) -> type[PatcherError]:

@@ -9,7 +9,7 @@ from typing import Any, Literal, NotRequired, TypeAlias, TypedDict, get_args
 
 ROUTE = "/plugins/patcher/v1"
 
-InFlight: TypeAlias = Literal["recompute", "drain", "abort"]
+InFlight: TypeAlias = Literal["recompute", "drain", "abort", "continue"]
 IN_FLIGHT: tuple[InFlight, ...] = get_args(InFlight)
 
 
@@ -102,13 +102,19 @@ class GuardResult(TypedDict):
 class Change(TypedDict):
     """The stack after a change. ``seconds``: all of it; ``pause_ms``: how long nothing ran.
 
+    ``mixed``: how many requests go on over KV of the weights before (``continue``).
+    ``spaced_ms``: how long it waited for requests that an earlier change had recomputed.
     ``guards``: the guards' results, all of them ok.
+    ``change``: its id in the ledger and in the server's log.
     """
 
+    change: str
     stack: list[str]
     weight_version: str
     seconds: float
     pause_ms: float
+    mixed: int
+    spaced_ms: float
     guards: NotRequired[list[GuardResult]]
 
 

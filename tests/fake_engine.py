@@ -132,7 +132,7 @@ class FakeEngine:
         change: dict[str, Any] = {"stack": self.stack, "weight_version": version}
         if "guards" in body:
             change["guards"] = [{"guard": g["name"], "ok": True} for g in body["guards"]]
-        return json_reply({**change, "seconds": 0.25, "pause_ms": 31.5})
+        return json_reply({"change": "c0ffee", **change, "seconds": 0.25, "pause_ms": 31.5})
 
     def post_confirm(self, request: Request) -> Reply:
         wanted = json.loads(request.body)["patches"]
@@ -144,6 +144,10 @@ class FakeEngine:
     def post_verify(self, request: Request) -> Reply:
         modules = {name: self.live_ok for one in self.stack for name in self._patch(one).deltas}
         return json_reply({"ok": self.live_ok, "modules": modules, "ranks": []})
+
+    def post_heal(self, request: Request) -> Reply:
+        self.live_ok = True
+        return self.post_verify(request)
 
     def get_ledger(self, request: Request) -> Reply:
         after = int(request.path.partition("after=")[2] or 0)

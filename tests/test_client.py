@@ -168,10 +168,12 @@ def test_an_error_of_a_newer_engine_is_still_one_of_ours(fake: FakeEngine) -> No
 
 
 def test_a_problem_is_known_by_its_type_where_it_has_no_code(fake: FakeEngine) -> None:
-    document = {"type": "urn:patcher:error:stack-changed", "detail": "the cause"}
+    document = {"type": "urn:patcher:error:stack-changed", "detail": "the cause", "stack": []}
     fake.instead["GET", "status"] = json_reply(document, 412)
-    with Engine(fake.url, TOKEN) as engine, pytest.raises(StackChangedError, match="the cause"):
+    with Engine(fake.url, TOKEN) as engine, pytest.raises(StackChangedError) as caught:
         engine.status()
+    assert caught.value.message == "the cause"
+    assert caught.value.details == {"stack": []}
 
 
 @pytest.mark.parametrize("status", [401, 403])
@@ -337,7 +339,8 @@ def test_every_error_has_its_own_exit_code_or_its_parents() -> None:
     wanted = {
         "internal": 1, "usage": 2, "invalid-patch": 3, "format-version": 3, "base-mismatch": 4,
         "not-trusted": 5, "stack-conflict": 6, "unknown-patch": 6, "ambiguous-id": 6,
-        "already-applied": 6, "stack-changed": 6, "engine-unreachable": 7, "engine-refused": 8,
+        "already-applied": 6, "stack-changed": 6, "stack-raced": 6, "engine-unreachable": 7,
+        "engine-refused": 8,
         "verification-failed": 9, "not-permitted": 10, "role-too-weak": 10, "bad-input": 11,
         "bad-forget-set": 11, "bad-model": 11, "not-finite": 11, "not-enough-memory": 11,
         "bars-not-met": 12, "guard-breached": 13,

@@ -49,11 +49,13 @@ def test_the_public_names_are_these() -> None:
         "RoleTooWeakError",
         "StackChangedError",
         "StackConflictError",
+        "StackRacedError",
         "TrustError",
         "UnknownPatchError",
         "UsageError",
         "VerificationError",
         "__version__",
+        "attach",
         "compute",
         "evaluate",
     ]

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import click
 
 from patcher.cli.output import clean, note, print_json
-from patcher.errors import GuardBreachedError, PatcherError, UsageError
+from patcher.errors import PatcherError, UsageError
 
 INTERRUPTED = 128 + 2  # as shells report SIGINT
 PIPE_CLOSED = 128 + 13  # and SIGPIPE
@@ -56,11 +56,8 @@ def _report(error: PatcherError, *, as_json: bool) -> int:
     if cure:
         note(cure)
     if as_json:
-        document: dict[str, Any] = {"code": error.code, "message": message, "cure": cure}
-        document |= {"exit_code": error.exit_code}
-        if isinstance(error, GuardBreachedError) and error.results:
-            document["guards"] = list(error.results)
-        print_json({"error": document})
+        document = {"code": error.code, "message": message, "cure": cure}
+        print_json({"error": {**error.details, **document, "exit_code": error.exit_code}})
     return error.exit_code
 
 

@@ -28,15 +28,16 @@ def status(engine: Engine, as_json: bool) -> None:
 
 
 @click.command()
+@click.option("--heal", is_flag=True, help="First put back what a weight reload reset to the base.")
 @engine_options
 @json_option
-def verify(engine: Engine, as_json: bool) -> None:
+def verify(engine: Engine, heal: bool, as_json: bool) -> None:
     """Compare the live weights with what they must be.
 
     Every rank of the engine reads the weights that it serves and compares them with what the
     base and the stack must give. Exit code 9 if one differs.
     """
-    answer = engine.verify()
+    answer = engine.heal() if heal else engine.verify()
     if as_json:
         print_json(answer)
     else:
@@ -49,7 +50,10 @@ def verify(engine: Engine, as_json: bool) -> None:
         click.echo(f"{len(rows)} modules read on every rank.")
     if not answer["ok"]:
         note("error: the live weights are not what base and stack must give.", style="red")
-        note("Restart the engine: it restores the committed stack from the pristine base.")
+        note(
+            "After a weight reload: `patcher verify --heal`. Otherwise restart the engine: it "
+            "restores the committed stack from the pristine base."
+        )
         raise click.exceptions.Exit(VerificationError.exit_code)
     if not as_json:
         click.echo("All of them are what base and stack must give.")

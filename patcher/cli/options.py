@@ -177,7 +177,7 @@ def change_options(command: Command) -> Command:
             default="recompute",
             show_default=True,
             help="Running requests: recompute them under the new weights (none drops), let them "
-            "end first, or abort them.",
+            "end first, abort them, or let them continue over what the old ones cached.",
         ),
     ):
         command = option(command)

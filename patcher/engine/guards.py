@@ -230,12 +230,11 @@ class GuardRun:
     def _breach(self, breached: Sequence[GuardResult]) -> GuardBreachedError:
         told = "; ".join(map(_told, breached[:SHOWN]))
         more = f"; and {len(breached) - SHOWN} more" if len(breached) > SHOWN else ""
-        error = GuardBreachedError(
+        return GuardBreachedError(
             f"Of {len(self.results)} guarded bounds {len(breached)} did not hold: {told}{more}.",
             "The stack before is in force again; compute a milder patch, or look at the guards.",
+            guards=list(self.results),
         )
-        error.results = list(self.results)
-        return error
 
 
 def _is_said(text: str, bound: str, words: str) -> bool:

@@ -27,9 +27,10 @@ def register() -> None:
     """Give every vLLM worker patcher's calls; nothing where patcher isn't asked for."""
     if not asked_for() or disabled():
         return
-    from patcher.engine.worker import install
+    from patcher.engine import vllm_core, worker
 
-    install()
+    worker.install()
+    vllm_core.install()
 
 
 class PatcherEndpoint:
@@ -41,14 +42,17 @@ class PatcherEndpoint:
     def attach_router(self, app: FastAPI) -> None:
         """Register the routes; called once while vLLM builds its app."""
         from patcher.engine.routes import router
+        from patcher.engine.stamp import WeightVersionMiddleware
 
         app.include_router(router())
+        app.add_middleware(WeightVersionMiddleware)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
         """Open the store, make the token, restore the stack.
 
         Whatever fails is raised: vLLM then ends without having served a request.
         """
+        from patcher.engine import stamp, vllm_client
         from patcher.engine.auth import ensure_token
         from patcher.engine.lifetimes import expire, watch
         from patcher.engine.routes import PluginState
@@ -68,14 +72,15 @@ class PatcherEndpoint:
             "new" if made else "admin",
             settings.token_file,
         )
-        _record_start(store, settings)
+        record_start(store, settings)
         if settings.disabled:
             state.patcher = PluginState(store, off="PATCHER_DISABLE is set")
             return
-        service = PatchService(engine_client, store)
+        service = PatchService(engine_client, store, settings.spacing)
         await service.restore()
         await expire(service)  # what ran out while nothing served
-        state.patcher = PluginState(store, service)
+        vllm_client.watch_requests(engine_client, stamp.seen)
+        state.patcher = PluginState(store, service, mixed=service.transition.mixed)
         self._watch = asyncio.create_task(watch(service))  # as long as the server
 
 
@@ -85,7 +90,8 @@ def _instance(args: Namespace) -> str:
     return str(os.getppid() if several else os.getpid())
 
 
-def _record_start(store: Store, settings: Settings) -> None:
+def record_start(store: Store, settings: Settings) -> None:
+    """Note a start, and whether it restores the committed stack."""
     held = list(store.committed().ids)
     without = settings.disabled or settings.no_restore
     if without:

@@ -48,7 +48,7 @@ class Ranks:
                 raise refusal("The engine doesn't answer", error) from error
             raise EngineRefusedError(
                 "The engine's workers don't have the plugin.",
-                "Name `patcher` in VLLM_PLUGINS for every process of the engine.",
+                "Name `patcher` in VLLM_PLUGINS for every process of the engine, before it starts.",
             ) from error
 
 

@@ -13,11 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from patcher.durations import LONGEST
 from patcher.engine.auth import Role, authorise
+from patcher.engine.mixed import MixedRequests
 from patcher.engine.service import PatchService
 from patcher.engine.store import Store
 from patcher.errors import (
     EngineRefusedError,
-    GuardBreachedError,
     InvalidPatchError,
     PatcherError,
     StackChangedError,
@@ -34,11 +34,12 @@ Answer = Callable[[PatchService, Request, str], Awaitable[Response]]
 
 @dataclass(frozen=True)
 class PluginState:
-    """What the routes find in the app's state. ``off`` says why there is no service."""
+    """What routes and middleware find in the app's state. ``off``: why there is no service."""
 
     store: Store | None
     service: PatchService | None = None
     off: str = ""
+    mixed: MixedRequests | None = None
 
 
 class StackWanted(BaseModel):
@@ -63,7 +64,8 @@ class ToConfirm(BaseModel):
 
 def problem(error: PatcherError) -> JSONResponse:
     """The error as ``application/problem+json`` (RFC 9457)."""
-    body: dict[str, object] = {
+    body = {
+        **error.details,
         "type": f"urn:patcher:error:{error.code}",
         "title": error.code.replace("-", " "),
         "status": error.http_status,
@@ -71,8 +73,6 @@ def problem(error: PatcherError) -> JSONResponse:
         "cure": error.cure,
         "code": error.code,
     }
-    if isinstance(error, GuardBreachedError):
-        body["guards"] = list(error.results)
     headers = {"WWW-Authenticate": "Bearer"} if error.http_status == 401 else None
     return JSONResponse(body, error.http_status, headers, media_type="application/problem+json")
 
@@ -178,6 +178,19 @@ async def _verify(service: PatchService, request: Request, actor: str) -> Respon
     return JSONResponse(await service.verify())
 
 
+async def _heal(service: PatchService, request: Request, actor: str) -> Response:
+    healing = asyncio.ensure_future(service.heal())
+    return JSONResponse(await asyncio.shield(healing))
+
+
+async def _health(request: Request) -> Response:
+    """Without a token, since probes have none: it tells that something is wrong, not what."""
+    state: PluginState = request.app.state.patcher
+    wrong = [] if state.service is None else await state.service.health()
+    body = {"ok": not wrong, "wrong": wrong, "off": state.service is None}
+    return JSONResponse(body, 503 if wrong else 200)
+
+
 async def _ledger(service: PatchService, request: Request, actor: str) -> Response:
     after = request.query_params.get("after", "0")
     if not (after.isascii() and after.isdigit() and len(after) < 16):
@@ -194,6 +207,7 @@ _TABLE: tuple[tuple[str, str, Role, Answer], ...] = (
     ("PUT", "/stack", Role.apply, _put_stack),
     ("POST", "/confirm", Role.apply, _confirm),
     ("POST", "/verify", Role.read, _verify),
+    ("POST", "/heal", Role.apply, _heal),
     ("GET", "/ledger", Role.read, _ledger),
 )
 
@@ -209,4 +223,5 @@ def router() -> APIRouter:
             response_model=None,
             name=answer.__name__.strip("_"),
         )
+    routes.add_api_route("/health", _health, methods=["GET"], response_model=None)
     return routes

@@ -9,44 +9,56 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from patcher.engine import vllm_client
 from patcher.engine.guards import GuardRun
 from patcher.engine.lifetimes import Lifetimes
+from patcher.engine.metrics import metrics
+from patcher.engine.observe import CHANGE, cause_of, observed
 from patcher.engine.ranks import Place, Ranks, agree, place
+from patcher.engine.spacing import DEFAULT_LONGEST
 from patcher.engine.stack import Stack, admit
 from patcher.engine.store import Store
-from patcher.engine.transition import Transition
-from patcher.errors import PatcherError, StackChangedError, UsageError
+from patcher.engine.transition import Swapped, Transition
+from patcher.errors import PatcherError, StackChangedError, StackRacedError, UsageError
 from patcher.guards import Guard
 from patcher.patch import Manifest, Patch
 from patcher.protocol import GuardResult, InFlight
 
+HEALTH_DEADLINE = 10.0  # seconds in which every rank must answer a probe
 logger = logging.getLogger("vllm.patcher")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a change led to. ``seconds`` is all of it, ``pause_ms`` the engine's stop."""
+    """What a change led to. ``seconds`` is all of it, ``swapped`` what it cost."""
 
     stack: Stack
     seconds: float
-    pause_ms: float
+    swapped: Swapped = field(default_factory=Swapped)
     guards: Sequence[GuardResult] = ()
+    change: str = field(default_factory=CHANGE.get)
+
+    @property
+    def pause_ms(self) -> float:
+        """The engine's stop."""
+        return self.swapped.pause_ms
 
     def as_dict(self) -> dict[str, Any]:
         """The wire form."""
         return {
+            "change": self.change,
             "stack": list(self.stack.ids),
             "weight_version": self.stack.version,
             "seconds": round(self.seconds, 4),
-            "pause_ms": round(self.pause_ms, 2),
+            "pause_ms": round(self.swapped.pause_ms, 2),
+            "mixed": self.swapped.mixed,
+            "spaced_ms": round(self.swapped.spaced_ms, 2),
             "guards": list(self.guards),
         }
 
@@ -54,11 +66,11 @@ class Outcome:
 class PatchService:
     """The API-server process's hand on the engine. The truth stays in workers and store."""
 
-    def __init__(self, client: Any, store: Store) -> None:
+    def __init__(self, client: Any, store: Store, spacing: float = DEFAULT_LONGEST) -> None:
         self.client = client
         self.store = store
         self.ranks = Ranks(client)
-        self.transition = Transition(self.ranks, store)
+        self.transition = Transition(self.ranks, store, spacing)
         self.lifetimes = Lifetimes(store)
         self._turn = asyncio.Lock()
 
@@ -126,6 +138,7 @@ class PatchService:
         for verdicts in found.values():
             for name, verdict in verdicts.items():
                 modules[name] = modules.get(name, True) and bool(verdict["ok"])
+        await self._drifted([name for name, ok in sorted(modules.items()) if not ok])
         return {
             "ok": agree(ranks, stack) and all(modules.values()),
             "modules": dict(sorted(modules.items())),
@@ -137,15 +150,47 @@ class PatchService:
             ],
         }
 
+    async def health(self) -> list[str]:
+        """What is wrong, as words for a program; nothing where all is well. Reads no weights."""
+        if await asyncio.to_thread(self.store.changing):
+            return []  # ranks and store may differ in the midst of a change
+        wrong = ["drift"] if self.store.drift else []
+        if self.store.unclean:
+            wrong.append("rollback-incomplete")
+        try:
+            async with asyncio.timeout(HEALTH_DEADLINE):
+                if not agree(await self.ranks.probe(), self.store.in_force()):
+                    wrong.append("ranks-disagree")
+        except (PatcherError, TimeoutError):
+            wrong.append("no-answer")
+        return wrong
+
+    async def heal(self) -> dict[str, Any]:
+        """Put the stack back where a weight reload brought base weights back; then verify.
+
+        Raises :class:`VerificationError` where a live weight is neither what was put there
+        nor its base.
+        """
+        async with self._exclusive():
+            await self._reconcile("repair")
+            await self.transition.heal(self.store.in_force())
+        return await self.verify()
+
+    async def _drifted(self, modules: list[str]) -> None:
+        metrics().drifted(len(modules))
+        await asyncio.to_thread(self.store.set_drift, modules)
+
     # -- changing ----------------------------------------------------------------------------
 
-    async def restore(self) -> None:
+    async def restore(self, occasion: str = "start") -> None:
         """Bring the engine to the stack that must be in force, before it serves."""
         async with self._exclusive():
-            await self._reconcile("start")
+            await self._reconcile(occasion)
             stack = self.store.in_force()
             await vllm_client.set_weight_version(self.client, stack.version)
+            metrics().in_force(stack.ids)
 
+    @observed
     async def change(
         self,
         ids: list[str],
@@ -165,23 +210,22 @@ class PatchService:
         can; what it raises ends this one.
 
         Raises :class:`StackChangedError` where ``if_match`` isn't the weight version in force,
+        :class:`StackRacedError` where it was until another change ended first,
         :class:`VerificationError` where something else changed the live weights,
         :class:`GuardBreachedError` where one of ``guards`` didn't hold, what :func:`admit`
         raises, and what a rank refused with.
         """
         began = time.monotonic()
+        arrived = self.store.in_force()  # at once: a thread may be late
         async with self._exclusive():
             await self._reconcile("repair")
             before = self.store.in_force()
             target = admit(ids, await asyncio.to_thread(self.store.manifests))
             if target == before and not self.store.suspended:
                 # A retry of a change whose answer got lost.
-                return Outcome(before, time.monotonic() - began, 0.0)
+                return Outcome(before, time.monotonic() - began)
             if if_match != before.version:
-                raise StackChangedError(
-                    f"The weight version in force is {before.version[:16]}, not {if_match[:16]}.",
-                    "Somebody changed the stack; look at `patcher status` and try again.",
-                )
+                raise _outdated(if_match, before, raced=if_match == arrived.version)
             only_if()
             added = [i for i in target.ids if i not in before.ids]
             if ttl is not None and not added:
@@ -192,7 +236,7 @@ class PatchService:
             asked = GuardRun(self.client, guards)
             await asked.prepare()
             detail: dict[str, Any] = {
-                "change": secrets.token_hex(8),
+                "change": CHANGE.get(),
                 "actor": actor,
                 "reason": reason,
                 "before": list(before.ids),
@@ -201,6 +245,7 @@ class PatchService:
             if ttl is not None:
                 detail["ttl"] = ttl
             await self._record("change-intent", {**detail, "in_flight": in_flight})
+            logger.info("actor=%s in_flight=%s stack=%s", actor, in_flight, _depths(before, target))
             try:
 
                 def done(digests: dict[str, list[str]]) -> None:
@@ -209,15 +254,15 @@ class PatchService:
                     new = {} if ttl is None else self.lifetimes.begin(added, ttl)
                     self.store.commit(target, "change-done", told, {**kept, **new})
 
-                pause_ms = await self.transition.run(
+                swapped = await self.transition.run(
                     [before], target, before, in_flight, done, asked.confirm
                 )
             except BaseException as error:
-                cause = error.code if isinstance(error, PatcherError) else type(error).__name__
-                told = {**detail, "cause": cause, **asked.told()}
+                told = {**detail, "cause": cause_of(error), **asked.told()}
                 await self._record_if_possible("change-failed", told)
                 raise
-        return Outcome(target, time.monotonic() - began, pause_ms, asked.results)
+            metrics().in_force(target.ids)
+        return Outcome(target, time.monotonic() - began, swapped, asked.results)
 
     async def _reconcile(self, occasion: str) -> None:
         """Bring workers that serve another stack than the recorded one back to it."""
@@ -274,3 +319,19 @@ class PatchService:
         """Check a file's bytes and store them; the second value is False if it was there."""
         patch = Patch.from_bytes(data)
         return patch, self.store.add_patch(patch, actor)
+
+
+def _depths(before: Stack, target: Stack) -> str:
+    return f"{len(before.ids)}->{len(target.ids)}"
+
+
+def _outdated(if_match: str, stack: Stack, *, raced: bool) -> StackChangedError:
+    """The error of a wish that was based on another stack than ``stack``, the one in force."""
+    kind = StackRacedError if raced else StackChangedError
+    cause = "Another change, asked for at once, was first" if raced else "It was changed"
+    return kind(
+        f"{cause}: the weight version in force is {stack.version[:16]}, not {if_match[:16]}.",
+        "Look at `patcher status` and try again.",
+        stack=list(stack.ids),
+        weight_version=stack.version,
+    )

@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from patcher.engine.spacing import DEFAULT_LONGEST, LONGEST
+from patcher.errors import UsageError
+
 PLUGIN = "patcher"  # the entry points' name, as VLLM_PLUGINS names it
 _TRUE = {"1", "true", "yes", "on"}
 
@@ -31,12 +34,15 @@ class Settings:
     ``PATCHER_STATE`` (folder), ``PATCHER_TOKEN_FILE``, and the kill switches
     ``PATCHER_NO_RESTORE=1`` (this start leaves the committed stack out) and
     ``PATCHER_DISABLE=1`` (nothing of patcher runs but the record that it was disabled).
+    ``PATCHER_SPACING``: seconds that a change waits at most for requests that the one before
+    had recomputed (:mod:`patcher.engine.spacing`); 0 turns that off.
     """
 
     state: Path
     token_file: Path
     no_restore: bool
     disabled: bool
+    spacing: float = DEFAULT_LONGEST
 
     @classmethod
     def read(cls, model: str, environment: Mapping[str, str] = os.environ) -> Settings:
@@ -49,7 +55,22 @@ class Settings:
             token_file=Path(token).expanduser() if token else state / "token",
             no_restore=environment.get("PATCHER_NO_RESTORE", "").lower() in _TRUE,
             disabled=disabled(environment),
+            spacing=_seconds("PATCHER_SPACING", environment, DEFAULT_LONGEST, LONGEST),
         )
+
+
+def _seconds(name: str, environment: Mapping[str, str], default: float, longest: float) -> float:
+    """A duration from the environment; raises :class:`UsageError` where it isn't one."""
+    given = environment.get(name) or str(default)
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= longest:
+        raise UsageError(
+            f"{name} is {given!r}.", f"Give seconds from 0 to {longest:.0f}, or leave it out."
+        )
+    return seconds
 
 
 def disabled(environment: Mapping[str, str] = os.environ) -> bool:

@@ -81,6 +81,7 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._known: dict[str, tuple[Manifest, dict[str, int]]] = {}
+        self._claim: int | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             with self._transaction() as db:
@@ -142,7 +143,7 @@ class Store:
         return None if row is None else str(row[0])
 
     def claim(self, instance: str) -> None:
-        """Hold the folder for the engine ``instance`` until this process ends.
+        """Hold the folder for the engine ``instance`` until :meth:`release` or this process ends.
 
         The API servers of one engine share it. Raises :class:`EngineRefusedError` where
         another engine has it: two engines in one folder would undo each other's changes.
@@ -166,6 +167,12 @@ class Store:
                 "Give each engine a folder of its own with --state.",
             )
         self._claim = handle  # the lock lives as long as this process
+
+    def release(self) -> None:
+        """Let another engine have the folder."""
+        if self._claim is not None:
+            os.close(self._claim)
+            self._claim = None
 
     @contextlib.contextmanager
     def exclusive(self, patience: float = LOCK_PATIENCE) -> Iterator[None]:
@@ -323,6 +330,28 @@ class Store:
         with self._connection() as db:
             rows = db.execute("SELECT name, base FROM modules ORDER BY name").fetchall()
         return [(str(name), json.loads(base)) for name, base in rows]
+
+    def changing(self) -> bool:
+        """Whether a change is under way, in any process."""
+        handle = os.open(self.folder / "change.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            return not _try_lock(handle)
+        finally:
+            os.close(handle)
+
+    @property
+    def drift(self) -> list[str]:
+        """The modules that were found to be something else than what was put there."""
+        names: list[str] = json.loads(self._meta("drift") or "[]")
+        return names
+
+    def set_drift(self, modules: list[str]) -> None:
+        """Note which modules drifted; the ledger tells when that changes."""
+        if modules == self.drift:
+            return
+        with self._transaction() as db:
+            db.execute("INSERT OR REPLACE INTO meta VALUES ('drift', ?)", (json.dumps(modules),))
+            self._append(db, "drift-found" if modules else "drift-gone", {"modules": modules})
 
     @property
     def unclean(self) -> bool:

@@ -7,9 +7,13 @@ import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 from patcher.engine import vllm_client
+from patcher.engine.metrics import metrics
+from patcher.engine.mixed import MixedRequests
 from patcher.engine.ranks import Place, Ranks, place, refusal
+from patcher.engine.spacing import DEFAULT_LONGEST, Spacing
 from patcher.engine.stack import Stack
 from patcher.engine.store import Store
 from patcher.errors import BaseMismatchError, EngineRefusedError, VerificationError
@@ -19,12 +23,26 @@ DRAIN_DEADLINE = 120.0  # seconds that `drain` waits for running requests
 logger = logging.getLogger("vllm.patcher")
 
 
+@dataclass(frozen=True)
+class Swapped:
+    """What a change cost: how long nothing ran and how long it waited to begin, in ms.
+
+    ``mixed``: how many requests went on over KV of the weights before.
+    """
+
+    pause_ms: float = 0.0
+    mixed: int = 0
+    spaced_ms: float = 0.0
+
+
 class Transition:
     """Stage beside the live weights, exchange them in a pause, read back; or put back."""
 
-    def __init__(self, ranks: Ranks, store: Store) -> None:
+    def __init__(self, ranks: Ranks, store: Store, spacing: float = DEFAULT_LONGEST) -> None:
         self.ranks = ranks
         self.store = store
+        self.spacing = Spacing(ranks.client, spacing)
+        self.mixed = MixedRequests(store.folder)
 
     async def run(
         self,
@@ -34,21 +52,26 @@ class Transition:
         in_flight: InFlight,
         record: Callable[[dict[str, list[str]]], object],
         confirm: Callable[[], Awaitable[None]] | None = None,
-    ) -> float:
-        """Change live weights and record the outcome; returns the pause in ms.
+        *,
+        healing: bool = False,
+    ) -> Swapped:
+        """Change live weights and record the outcome.
 
         ``served`` are the stacks that ranks serve now; ``fallback`` is the one in force where
         this fails. ``record`` gets each module's digests by rank. ``confirm`` looks at the
-        engine while it serves the new stack: what it raises takes the change back.
+        engine while it serves the new stack: what it raises takes the change back. Unless this
+        is ``healing``, live weights are healed first.
         """
         change_id = secrets.token_hex(8)
         try:
-            await self._check_live(fallback)
+            if not healing:
+                await self.heal(fallback)
             digests = await self._stage(change_id, served, target)
+            spaced = await self.spacing.wait(in_flight)
         except BaseException as error:
             await self.discard(change_id)  # nothing live was touched
             raise refusal("The engine failed while staging", error) from error
-        pause_ms = await self._swap(change_id, target, fallback, in_flight)
+        pause_ms, mixed = await self._swap(change_id, target, fallback, in_flight)
         try:
             await self._read_back(digests)
             if confirm is not None:
@@ -60,16 +83,40 @@ class Transition:
                 await self.put_back(change_id, fallback, pause)
             raise refusal("The new stack could not be confirmed", error) from error
         await self.discard(change_id)
-        return pause_ms
+        return Swapped(pause_ms, mixed, spaced * 1000)
 
-    async def _check_live(self, stack: Stack) -> None:
-        """Every module in force must still be what was put there."""
+    async def heal(self, stack: Stack) -> None:
+        """Every module in force must be what was put there: it is put back where the base is.
+
+        vLLM's ``reload_weights`` and a wake from a level-2 sleep bring base weights back.
+
+        Raises :class:`VerificationError` where a live weight is neither.
+        """
+        drifted: dict[str, bool] = {}
         for name in sorted(stack.modules(await asyncio.to_thread(self.store.manifests))):
-            if not all(r["ok_live"] for r in await self.ranks.call("patcher_check", name)):
-                raise VerificationError(
-                    f"Something else changed the live weight of {name}.",
-                    "A weight reload or a sleep does that; restart the engine.",
-                )
+            changed = [r for r in await self.ranks.call("patcher_check", name) if not r["ok_live"]]
+            if changed:
+                drifted[name] = all(r["pristine"] for r in changed)
+        if not drifted:
+            return
+        metrics().drifted(len(drifted))
+        await asyncio.to_thread(self.store.set_drift, sorted(drifted))
+        foreign = [name for name, pristine in drifted.items() if not pristine]
+        if foreign:
+            raise VerificationError(
+                f"Something else changed the live weight of {foreign[0]}.",
+                "Were other weights loaded? Restart the engine with the base of its patches.",
+                modules=foreign,
+            )
+
+        def healed(digests: dict[str, list[str]]) -> None:
+            detail = {"modules": sorted(drifted), "stack": list(stack.ids), "digests": digests}
+            self.store.record("drift-healed", detail)
+            self.store.set_drift([])
+
+        logger.warning("patcher: the base was back in %d modules; healing", len(drifted))
+        await self.run([Stack()], stack, stack, "recompute", healed, healing=True)
+        metrics().drifted(0)
 
     async def _stage(
         self, change_id: str, served: list[Stack], target: Stack
@@ -97,14 +144,18 @@ class Transition:
 
     async def _swap(
         self, change_id: str, target: Stack, fallback: Stack, in_flight: InFlight
-    ) -> float:
-        """Stop the engine, exchange the weights, drop what was cached; all or nothing."""
+    ) -> tuple[float, int]:
+        """Stop the engine, exchange the weights, drop what was cached; all or nothing.
+
+        Returns the pause in ms and how many requests go on over the KV that they have.
+        """
         stopped = time.monotonic()
         try:
             async with vllm_client.paused(self.ranks.client, in_flight, DRAIN_DEADLINE) as pause:
+                mixed = await self._keep_requests(change_id, in_flight)
                 try:
                     await self.ranks.call("patcher_commit", change_id)
-                    await vllm_client.flush(self.ranks.client)
+                    await self._flush(in_flight)
                     await vllm_client.set_weight_version(self.ranks.client, target.version)
                 except BaseException:
                     await self.put_back(change_id, fallback, pause)
@@ -117,7 +168,26 @@ class Transition:
             ) from None
         except BaseException as error:
             raise refusal("The engine failed in the change", error) from error
-        return (time.monotonic() - stopped) * 1000
+        return (time.monotonic() - stopped) * 1000, mixed
+
+    async def _keep_requests(self, change_id: str, in_flight: InFlight) -> int:
+        """Under ``continue`` cut running requests off from the others, before anything changes."""
+        if in_flight != "continue":
+            return 0
+        try:
+            mixed = await vllm_client.keep_requests(self.ranks.client)
+            await asyncio.to_thread(self.mixed.add, mixed)
+        except BaseException:
+            await self.discard(change_id)
+            raise
+        return len(mixed)
+
+    async def _flush(self, in_flight: InFlight) -> None:
+        if in_flight == "continue":  # its KV is unreachable already
+            await vllm_client.flush_inputs(self.ranks.client)
+            return
+        await self.spacing.note(in_flight)
+        await vllm_client.flush(self.ranks.client)
 
     async def _read_back(self, digests: dict[str, dict[Place, str]]) -> None:
         for name, expected in digests.items():

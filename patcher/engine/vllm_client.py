@@ -7,7 +7,7 @@ Calling every rank of every engine, pausing, flushing and the weight version
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,12 @@ from patcher.errors import EngineRefusedError
 from patcher.protocol import InFlight
 
 # What vLLM's pause does with running requests, by our policy's name.
-_PAUSE_MODE: dict[InFlight, str] = {"recompute": "keep", "drain": "wait", "abort": "abort"}
+_PAUSE_MODE: dict[InFlight, str] = {
+    "recompute": "keep",
+    "drain": "wait",
+    "abort": "abort",
+    "continue": "keep",
+}
 
 
 async def call_workers(client: Any, method: str, *args: Any) -> list[dict[str, Any]]:
@@ -32,6 +37,41 @@ async def call_workers(client: Any, method: str, *args: Any) -> list[dict[str, A
     else:
         per_engine = await call_all("collective_rpc", method, None, args, None)
     return [{**reply, "engine": i} for i, replies in enumerate(per_engine) for reply in replies]
+
+
+async def call_cores(client: Any, method: str, *args: Any) -> list[dict[str, Any]]:
+    """Call ``method`` of :mod:`patcher.engine.vllm_core` on every engine core.
+
+    Raises :class:`EngineRefusedError` where one refuses, or hasn't got the call.
+    """
+    call_all = getattr(getattr(client, "engine_core", None), "call_utility_all_async", None)
+    if call_all is None:
+        raise EngineRefusedError("This engine's scheduler can't be reached.")
+    replies: list[dict[str, Any]] = await call_all(method, *args)
+    for reply in replies:
+        if not reply["ok"]:
+            raise EngineRefusedError(reply["detail"], reply["cure"])
+    return replies
+
+
+def watch_requests(client: Any, seen: Callable[[Any], None]) -> None:
+    """Have ``seen`` called with vLLM's state of each request, in the context that makes it.
+
+    The state (``v1/engine/output_processor.py``, ``RequestState``) has ``request_id`` and
+    ``weight_version_starts``: each version with the first output token that it made.
+    """
+    processor = getattr(client, "output_processor", None)
+    if processor is None:
+        return
+    plain = processor.add_request
+
+    def add_request(request: Any, *args: Any, **kwargs: Any) -> None:
+        plain(request, *args, **kwargs)
+        state = processor.request_states.get(request.request_id)
+        if hasattr(state, "weight_version_starts"):
+            seen(state)
+
+    processor.add_request = add_request
 
 
 @dataclass
@@ -79,8 +119,22 @@ async def flush(client: Any) -> None:
             "vLLM could not drop its prefix cache: blocks are still held.",
             "Try again when fewer requests run, or with --in-flight drain.",
         )
+    await flush_inputs(client)
+
+
+async def flush_inputs(client: Any) -> None:
+    """Drop what was computed for images and the like, and by encoders."""
     await client.reset_mm_cache()
     await client.reset_encoder_cache()
+
+
+async def keep_requests(client: Any) -> list[str]:
+    """Let running requests keep their KV and make all of it unreachable; the ids of those.
+
+    Raises :class:`EngineRefusedError` where that can't be done; they then go on as before.
+    """
+    replies = await call_cores(client, "patcher_keep_requests")
+    return [request for reply in replies for request in reply["requests"]]
 
 
 async def get_weight_version(client: Any) -> str | None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from patcher.engine.names import find_module
 from patcher.errors import EngineRefusedError
 
 _READ_ROWS = 256  # input columns read back from a pack in one product
@@ -196,12 +197,9 @@ def find_site(model: torch.nn.Module, name: str) -> Site | None:
 
     Raises :class:`EngineRefusedError` for a module that can't be folded exactly.
     """
-    try:
-        layer = model.get_submodule(name)
-    except AttributeError:
-        return None
+    layer: Any = find_module(model, name)
     layer = getattr(layer, "base_layer", layer)  # vLLM's LoRA wrapper holds the real layer
-    if type(layer).__name__ == "PPMissingLayer":
+    if layer is None or type(layer).__name__ == "PPMissingLayer":
         return None
     method = type(getattr(layer, "quant_method", None)).__name__
     if method != "UnquantizedLinearMethod":

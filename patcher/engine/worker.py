@@ -17,6 +17,7 @@ from typing import Any, Concatenate, ParamSpec
 import torch
 
 from patcher import __version__
+from patcher.engine.names import refuse_one_layer_twice
 from patcher.engine.vllm_worker import Site, Staged, find_site, fold_device, install_on_workers
 from patcher.errors import EngineRefusedError, PatcherError
 from patcher.kernels import LowRank, digest, fold
@@ -60,6 +61,7 @@ class RankState:
         missing = [i for i in stack if i not in self.patches]
         if missing:
             raise EngineRefusedError(f"This rank lacks patch {missing[0][:16]}.", "Try again.")
+        refuse_one_layer_twice(self.model, {n for i in stack for n in self.patches[i].deltas})
         self.change = _Change(change_id, stack)
 
     def current(self, change_id: str) -> _Change:
@@ -140,12 +142,14 @@ class RankState:
         self.live = {n: found for n, found in self.live.items() if n in patched}
 
     def check(self, name: str) -> Reply:
-        """The digest of the live weight, and whether it is still what was put there."""
+        """The live weight's digest: is it what was put there, or else the base again?"""
         site = find_site(self.model, name)
         if site is None:
-            return {"digest": None, "ok_live": True}
+            return {"digest": None, "ok_live": True, "pristine": False}
         found = digest(site.read())
-        return {"digest": found, "ok_live": self.live.get(name, found) == found}
+        ok = self.live.get(name, found) == found
+        pristine = not ok and name in self.bases and digest(self.bases[name]) == found
+        return {"digest": found, "ok_live": ok, "pristine": pristine}
 
     def verify(self, name: str, expected: ModuleBase) -> Reply | None:
         """Read the live weight and compare it with the fold of the stack in force."""

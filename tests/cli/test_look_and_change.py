@@ -15,6 +15,7 @@ from tests.small_patch import MODULE, small_patch
 def test_apply_gives_the_stack_and_what_it_took(fake: FakeEngine, patch_file: Path) -> None:
     told = document(run_on(fake, "apply", patch_file, "--json"))
     assert told == {
+        "change": "c0ffee",
         "stack": [small_patch().id],
         "weight_version": version_of(fake.stack),
         "seconds": 0.25,
@@ -173,6 +174,13 @@ def test_verify_is_exit_9_where_weights_differ(fake: FakeEngine, patch_file: Pat
     assert "DIFFER" in result.stdout
     assert "All of them" not in result.stdout
     assert result.stderr.startswith("error: ")
+
+
+def test_verify_heals_first_where_it_is_told_to(fake: FakeEngine, patch_file: Path) -> None:
+    run_on(fake, "apply", patch_file)
+    fake.live_ok = False
+    assert run_on(fake, "verify", "--json").exit_code == 9
+    assert document(run_on(fake, "verify", "--heal", "--json"))["ok"] is True
 
 
 def test_log_shows_the_ledger(fake: FakeEngine, patch_file: Path) -> None:

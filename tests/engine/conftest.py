@@ -6,10 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from patcher.client import Engine
+from patcher.engine import vllm_client
+from patcher.engine.service import PatchService
+from patcher.engine.store import Store
 from patcher.patch import Patch
 from tests.conftest import REPOSITORY
+from tests.engine.fake_vllm import D_IN, D_OUT, RANKS, FakeClient
 from tests.engine.patches import merge, random_patch
 from tests.engine.server import Server, serving
 
@@ -71,10 +76,33 @@ def engine(server: Server) -> Iterator[Engine]:
         client.revert(all=True)
 
 
-def answers(server: Server, prompts: list[str], tokens: int = 48) -> list[object]:
+def answers(
+    server: Server, prompts: list[str], tokens: int = 48, *, on: int | None = None
+) -> list[object]:
     """Greedy answers with log-probabilities, one prompt after another: cold, then prefix hits."""
-    return [_bare(server.complete(prompt, tokens)) for prompt in prompts]
+    return [_bare(server.complete(prompt, tokens, on=on)) for prompt in prompts]
 
 
 def _bare(choice: dict[str, object]) -> object:
     return {key: choice[key] for key in ("text", "logprobs", "finish_reason")}
+
+
+# -- vLLM played: what a real one can't be made to do at a chosen point ----------------------------
+
+
+@pytest.fixture
+def weights() -> list[torch.Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    return [torch.randn(D_OUT, D_IN, generator=draw).bfloat16() for _ in range(3)]
+
+
+@pytest.fixture
+def client(weights: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> FakeClient:
+    described = {"vllm": "0", "model": "m", "platform": "cpu", "world_size": RANKS}
+    monkeypatch.setattr(vllm_client, "describe", lambda client: described)
+    return FakeClient(weights, RANKS)
+
+
+@pytest.fixture
+def service(client: FakeClient, tmp_path: Path) -> PatchService:
+    return PatchService(client, Store(tmp_path / "state"))

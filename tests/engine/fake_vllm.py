@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from patcher.engine import worker
+from patcher.engine import vllm_core, worker
+
+RANKS = 2
+D_OUT, D_IN = 8, 48
 
 
 class UnquantizedLinearMethod:
@@ -39,6 +43,24 @@ class FakeWorker:
         return self.model
 
 
+class FakeCore:
+    """One engine core with real calls of ours over a scheduler that only holds ``requests``."""
+
+    def __init__(self, client: FakeClient) -> None:
+        self._client = client
+        self.scheduler = SimpleNamespace(requests={}, running=[])
+
+    def play(self, *requests: SimpleNamespace) -> None:
+        """Run ``requests``, which have an id and a number of tokens."""
+        self.scheduler.running = list(requests)
+        self.scheduler.requests = {r.request_id: r for r in requests}
+
+    async def call_utility_all_async(self, method: str, *args: Any) -> list[Any]:
+        if method == "collective_rpc":
+            return [await self._client.collective_rpc(args[0], args[2])]
+        return [getattr(vllm_core, method)(self, *args)]
+
+
 class FakeClient:
     """``ranks`` workers behind vLLM's engine-client methods.
 
@@ -46,9 +68,8 @@ class FakeClient:
     the whole live weights at each time that the engine was let go on.
     """
 
-    engine_core = None
-
     def __init__(self, weights: list[torch.Tensor], ranks: int) -> None:
+        self.engine_core = FakeCore(self)
         self.workers = [FakeWorker(weights, rank, ranks) for rank in range(ranks)]
         self.fail: dict[tuple[str, int], Callable[..., Any]] = {}
         self.flushes: list[bool | Exception] = []  # what the next flushes answer; then True

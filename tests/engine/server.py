@@ -109,20 +109,29 @@ class Server:
 
     # -- questions ---------------------------------------------------------------------------
 
-    def complete(self, prompt: str, tokens: int = 8, **more: Any) -> dict[str, Any]:
-        """Greedy completion with log-probabilities: the choice as vLLM returns it."""
+    def complete(
+        self, prompt: str | list[int], tokens: int = 8, *, on: int | None = None, **more: Any
+    ) -> dict[str, Any]:
+        """Greedy completion with log-probabilities: the choice as vLLM returns it.
+
+        ``on``: the data-parallel engine that is to answer.
+        """
         body = {"model": "m", "prompt": prompt, "max_tokens": tokens, "temperature": 0}
         body |= {"logprobs": 5, **more}
-        answer = httpx.post(f"{self.url}/v1/completions", json=body, timeout=120)
+        answer = httpx.post(f"{self.url}/v1/completions", json=body, headers=_to(on), timeout=120)
         answer.raise_for_status()
         choice: dict[str, Any] = answer.json()["choices"][0]
         return choice
 
-    def stream(self, prompt: str, tokens: int) -> Generator[dict[str, Any]]:
+    def stream(
+        self, prompt: str | list[int], tokens: int, *, on: int | None = None, **more: Any
+    ) -> Generator[dict[str, Any]]:
         """The events of a streamed greedy completion."""
         body = {"model": "m", "prompt": prompt, "max_tokens": tokens, "temperature": 0}
-        body |= {"stream": True, "ignore_eos": True}
-        with httpx.stream("POST", f"{self.url}/v1/completions", json=body, timeout=120) as answer:
+        body |= {"stream": True, "ignore_eos": True, **more}
+        with httpx.stream(
+            "POST", f"{self.url}/v1/completions", json=body, headers=_to(on), timeout=120
+        ) as answer:
             answer.raise_for_status()
             for line in answer.iter_lines():
                 if line == "data: [DONE]":
@@ -130,6 +139,10 @@ class Server:
                 if line.startswith("data: "):
                     yield json.loads(line.removeprefix("data: "))
         raise AssertionError("the stream ended without [DONE]")
+
+
+def _to(engine: int | None) -> dict[str, str]:
+    return {} if engine is None else {"X-data-parallel-rank": str(engine)}
 
 
 @contextlib.contextmanager

