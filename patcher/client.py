@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, cast
 import httpx
 
 from patcher.address import checked_token, checked_url, host_of, is_loopback
+from patcher.durations import seconds
 from patcher.errors import (
     AlreadyAppliedError,
     AmbiguousIdError,
@@ -143,6 +144,7 @@ class Engine:
         in_flight: InFlight = "recompute",
         reason: str = "",
         guards: GuardSource | Sequence[GuardSource] = (),
+        ttl: str | float | None = None,
     ) -> Change:
         """Upload patches (paths, bytes or :class:`~patcher.Patch`) and put them on the top.
 
@@ -150,7 +152,8 @@ class Engine:
         request. ``in_flight`` says what happens to running requests: ``recompute`` (they go
         on, recomputed under the new weights), ``drain`` (they end first), ``abort``.
         ``guards`` are JSON Lines files or mappings (docs/protocol.md, "Guards") that must hold
-        on the live engine, or the change is taken back.
+        on the live engine, or the change is taken back. ``ttl`` (seconds, or a text like
+        ``2h``) is when these patches are reverted, unless :meth:`confirm` comes first.
 
         Raises :class:`~patcher.errors.InvalidPatchError`,
         :class:`~patcher.errors.AlreadyAppliedError`,
@@ -164,6 +167,7 @@ class Engine:
             raise UsageError("No patch to apply.", "Name at least one patch file.")
         read = [_read(patch) for patch in patches]
         checked = _guards(guards)
+        lasts = None if ttl is None else seconds(ttl)
         status = self.status()
         wanted = list(status["stack"])
         for patch in read:
@@ -181,6 +185,7 @@ class Engine:
             in_flight=in_flight,
             reason=reason,
             guards=checked,
+            ttl=lasts,
         )
 
     def revert(
@@ -220,6 +225,7 @@ class Engine:
         in_flight: InFlight = "recompute",
         reason: str = "",
         guards: GuardSource | Sequence[GuardSource] = (),
+        ttl: str | float | None = None,
     ) -> Change:
         """Make the stack exactly ``stack`` (whole ids, the bottom first).
 
@@ -229,6 +235,8 @@ class Engine:
         body: dict[str, Any] = {"stack": list(stack), "in_flight": in_flight, "reason": reason}
         if checked := _guards(guards):
             body["guards"] = checked
+        if ttl is not None:
+            body["ttl"] = seconds(ttl)
         answer = self._call(
             "PUT",
             "stack",
@@ -238,6 +246,26 @@ class Engine:
             json=body,
         )
         return cast(Change, answer)
+
+    def confirm(
+        self,
+        *ids: str,
+        all: bool = False,  # noqa: A002 - the command's own word
+    ) -> list[str]:
+        """Let patches with a time to live stay; returns the ids of those that would not have.
+
+        Ids may be shortened as for :meth:`revert`. Raises
+        :class:`~patcher.errors.UnknownPatchError`, :class:`~patcher.errors.AmbiguousIdError`,
+        and :class:`~patcher.errors.StackConflictError` for a patch that requires one whose
+        time still runs.
+        """
+        if all == bool(ids):
+            raise UsageError("Say which patches to confirm.", "Give their ids, or ask for all.")
+        wanted = None if all else resolve(ids, self.status()["stack"])
+        # Waits for a change under way.
+        body = {"patches": wanted}
+        answer = self._call("POST", "confirm", ("confirmed",), wait=_VERIFY_S, json=body)
+        return cast("list[str]", answer["confirmed"])
 
     def verify(self) -> Verification:
         """Have every rank read its live weights and compare them with what they must be.

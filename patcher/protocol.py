@@ -28,11 +28,15 @@ class EngineInfo(TypedDict):
 
 
 class PatchInForce(TypedDict):
-    """A patch of the stack; ``modules`` maps each module that it changes to its rank."""
+    """A patch of the stack; ``modules`` maps each module that it changes to its rank.
+
+    ``expires``: when it is reverted by itself; null where it stays.
+    """
 
     id: str
     title: str
     since: str
+    expires: NotRequired[str | None]
     modules: dict[str, int]
 
 

@@ -57,6 +57,7 @@ class FakeEngine:
         self.stack: list[str] = []
         self.held: dict[str, bytes] = {}
         self.entries: list[dict[str, Any]] = []
+        self.expires: dict[str, str] = {}
         self.requests: list[Request] = []
         self.instead: dict[tuple[str, str], Reply] = {}
         self.delay = 0.0  # seconds before each answer
@@ -123,12 +124,22 @@ class FakeEngine:
                 "detail": {"before": self.stack, "after": body["stack"], "reason": body["reason"]},
             }
         )
+        if "ttl" in body:
+            added = [one for one in body["stack"] if one not in self.stack]
+            self.expires |= dict.fromkeys(added, "2026-11-24T05:00:00.000Z")
         self.stack = body["stack"]
         version = version_of(self.stack)
         change: dict[str, Any] = {"stack": self.stack, "weight_version": version}
         if "guards" in body:
             change["guards"] = [{"guard": g["name"], "ok": True} for g in body["guards"]]
         return json_reply({"change": "c0ffee", **change, "seconds": 0.25, "pause_ms": 31.5})
+
+    def post_confirm(self, request: Request) -> Reply:
+        wanted = json.loads(request.body)["patches"]
+        confirmed = [i for i in self.stack if i in (wanted or self.stack) and i in self.expires]
+        for one in confirmed:
+            del self.expires[one]
+        return json_reply({"confirmed": confirmed})
 
     def post_verify(self, request: Request) -> Reply:
         modules = {name: self.live_ok for one in self.stack for name in self._patch(one).deltas}
@@ -149,7 +160,8 @@ class FakeEngine:
         patch = self._patch(patch_id)
         when = "2026-11-24T03:00:00.000Z"
         modules = {name: delta.rank for name, delta in patch.deltas.items()}
-        return {"id": patch_id, "title": patch.manifest.title, "since": when, "modules": modules}
+        told = {"id": patch_id, "title": patch.manifest.title, "since": when, "modules": modules}
+        return {**told, "expires": self.expires.get(patch_id)}
 
 
 @contextmanager

@@ -17,6 +17,12 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("patches", nargs=-1, required=True, type=existing_file, metavar="P.st…")
+@click.option(
+    "--ttl",
+    metavar="TIME",
+    help="Revert these patches by themselves after that time, like 30m or 2h, unless `patcher "
+    "confirm` comes first.",
+)
 @engine_options
 @change_options
 @json_option
@@ -47,6 +53,23 @@ def revert(
     fresh fold of what is left; with nothing left, the base to the bit.
     """
     _print(engine.revert(*ids, all=everything, **wishes), as_json)
+
+
+@click.command()
+@click.argument("ids", nargs=-1, metavar="ID…")
+@click.option("--all", "everything", is_flag=True, help="All patches of the stack.")
+@engine_options
+@json_option
+def confirm(engine: Engine, ids: tuple[str, ...], everything: bool, as_json: bool) -> None:
+    """Let patches stay that were applied with --ttl.
+
+    Ids may be shortened while they are unambiguous.
+    """
+    confirmed = engine.confirm(*ids, all=everything)
+    if as_json:
+        print_json({"confirmed": confirmed})
+    else:
+        click.echo(f"Confirmed: {', '.join(map(short, confirmed)) or 'nothing, all of it stays'}.")
 
 
 def _print(change: Change, as_json: bool) -> None:

@@ -111,10 +111,16 @@ def _print_status(answer: Status) -> None:
     if not answer["stack"]:
         return
     click.echo()
+    # A column of its own only where something ends by itself.
+    ends = ["expires"] if any(one.get("expires") for one in answer["patches"]) else []
     table(
-        ["patch (top first)", "title", "since", ">modules"],
+        ["patch (top first)", "title", "since", *ends, ">modules"],
         [
-            (short(one["id"]), one["title"], one["since"], len(one["modules"]))
+            (
+                *(short(one["id"]), one["title"], one["since"]),
+                *(one.get("expires") or "stays" for _ in ends),
+                len(one["modules"]),
+            )
             for one in reversed(answer["patches"])
         ],
     )

@@ -23,6 +23,7 @@ SECTIONS = {
         "serve": "serve",
         "apply": "change",
         "revert": "change",
+        "confirm": "change",
     },
     "Look at a running engine": {
         "status": "look",

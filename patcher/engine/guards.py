@@ -20,6 +20,7 @@ from patcher.protocol import GuardResult
 from patcher.text import says
 
 DEADLINE = 60.0  # seconds that all guards of a change may take together, before and after each
+ABORT_PATIENCE = 5.0  # seconds that late requests get to be aborted
 CONCURRENCY = 8  # requests at once, so that guards don't crowd out those who are served
 SHOWN = 5  # breaches that a message spells out
 logger = logging.getLogger("vllm.patcher")
@@ -171,7 +172,7 @@ class GuardRun:
         finally:
             for task in tasks:
                 task.cancel()  # vLLM then aborts the request
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.wait(tasks, timeout=ABORT_PATIENCE)
         found: dict[tuple[int, int], tuple[Measured, str]] = {}
         for task, at in tasks.items():
             too_late = f"no answer within {DEADLINE:.0f} s"

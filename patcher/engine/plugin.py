@@ -6,6 +6,7 @@ Read in vLLM 0.32.0: ``vllm/plugins/__init__.py`` and
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 from argparse import Namespace
@@ -55,6 +56,7 @@ class PatcherEndpoint:
 
         from patcher.engine import stamp, vllm_client
         from patcher.engine.auth import ensure_token
+        from patcher.engine.lifetimes import expire, watch
         from patcher.engine.routes import PluginState
         from patcher.engine.service import PatchService
         from patcher.engine.store import Store
@@ -80,8 +82,10 @@ class PatcherEndpoint:
         check_vllm(vllm.__version__)
         service = PatchService(engine_client, store, settings.spacing)
         await service.restore()
+        await expire(service)  # what ran out while nothing served
         vllm_client.watch_requests(engine_client, stamp.seen)
         state.patcher = PluginState(store, service, mixed=service.transition.mixed)
+        self._watch = asyncio.create_task(watch(service))  # as long as the server
 
 
 def _instance(args: Namespace) -> str:

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from patcher.durations import LONGEST
 from patcher.engine.auth import Role, authorise
 from patcher.engine.mixed import MixedRequests
 from patcher.engine.service import PatchService
@@ -50,6 +51,15 @@ class StackWanted(BaseModel):
     in_flight: InFlight = "recompute"
     reason: str = Field(default="", max_length=1024)
     guards: list[Guard] = Field(default=[], max_length=MAX_GUARDS)
+    ttl: float | None = Field(default=None, gt=0, le=LONGEST, allow_inf_nan=False)
+
+
+class ToConfirm(BaseModel):
+    """The body of ``POST confirm``: the ids that are to stay, or null for all."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    patches: list[str] | None = Field(max_length=4096)
 
 
 def problem(error: PatcherError) -> JSONResponse:
@@ -142,10 +152,22 @@ async def _put_stack(service: PatchService, request: Request, actor: str) -> Res
             actor=actor,
             reason=wanted.reason,
             guards=wanted.guards,
+            ttl=wanted.ttl,
         )
     )
     outcome = await asyncio.shield(change)
     return JSONResponse(outcome.as_dict(), headers={"ETag": f'"{outcome.stack.version}"'})
+
+
+async def _confirm(service: PatchService, request: Request, actor: str) -> Response:
+    try:
+        wanted = ToConfirm.model_validate_json(await _body(request, MAX_BODY_BYTES, UsageError))
+    except ValidationError:
+        raise UsageError(
+            "The body doesn't say what to confirm.", "Send patches: a list of ids, or null for all."
+        ) from None
+    confirmed = await asyncio.to_thread(service.lifetimes.confirm, wanted.patches, actor)
+    return JSONResponse({"confirmed": confirmed})
 
 
 class _PreconditionRequiredError(StackChangedError):
@@ -183,6 +205,7 @@ _TABLE: tuple[tuple[str, str, Role, Answer], ...] = (
     ("GET", "/patches", Role.read, _patches),
     ("GET", "/patches/{patch_id}", Role.read, _patch),
     ("PUT", "/stack", Role.apply, _put_stack),
+    ("POST", "/confirm", Role.apply, _confirm),
     ("POST", "/verify", Role.read, _verify),
     ("POST", "/heal", Role.apply, _heal),
     ("GET", "/ledger", Role.read, _ledger),

@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from patcher.engine import vllm_client
 from patcher.engine.guards import GuardRun
+from patcher.engine.lifetimes import Lifetimes
 from patcher.engine.metrics import metrics
 from patcher.engine.observe import CHANGE, cause_of, observed
 from patcher.engine.ranks import Place, Ranks, agree, place
@@ -24,7 +25,7 @@ from patcher.engine.spacing import DEFAULT_LONGEST
 from patcher.engine.stack import Stack, admit
 from patcher.engine.store import Store
 from patcher.engine.transition import Swapped, Transition
-from patcher.errors import PatcherError, StackChangedError, StackRacedError
+from patcher.errors import PatcherError, StackChangedError, StackRacedError, UsageError
 from patcher.guards import Guard
 from patcher.patch import Manifest, Patch
 from patcher.protocol import GuardResult, InFlight
@@ -70,6 +71,7 @@ class PatchService:
         self.store = store
         self.ranks = Ranks(client)
         self.transition = Transition(self.ranks, store, spacing)
+        self.lifetimes = Lifetimes(store)
         self._turn = asyncio.Lock()
 
     # -- looking -----------------------------------------------------------------------------
@@ -105,14 +107,17 @@ class PatchService:
     def _patches_in_force(self, manifests: dict[str, Manifest]) -> list[dict[str, Any]]:
         if self.store.suspended:
             return []
+        since = self.store.since()
+        ends = self.lifetimes.told([patch_id for patch_id, _ in since])
         return [
             {
                 "id": patch_id,
                 "title": manifests[patch_id].title,
-                "since": since,
+                "since": moment,
+                "expires": ends.get(patch_id),
                 "modules": self.store.ranks(patch_id),
             }
-            for patch_id, since in self.store.since()
+            for patch_id, moment in since
         ]
 
     async def verify(self) -> dict[str, Any]:
@@ -195,8 +200,14 @@ class PatchService:
         actor: str,
         reason: str = "",
         guards: Sequence[Guard] = (),
+        ttl: float | None = None,
+        only_if: Callable[[], None] = lambda: None,
     ) -> Outcome:
         """Make ``ids`` the stack in force, on every rank or on none.
+
+        ``ttl``: seconds after which the patches that this adds are reverted, unless somebody
+        confirms them. ``only_if`` is called before anything changes, while no other change
+        can; what it raises ends this one.
 
         Raises :class:`StackChangedError` where ``if_match`` isn't the weight version in force,
         :class:`StackRacedError` where it was until another change ended first,
@@ -215,6 +226,13 @@ class PatchService:
                 return Outcome(before, time.monotonic() - began)
             if if_match != before.version:
                 raise _outdated(if_match, before, raced=if_match == arrived.version)
+            only_if()
+            added = [i for i in target.ids if i not in before.ids]
+            if ttl is not None and not added:
+                raise UsageError(
+                    "This change adds no patch that could have a time to live.",
+                    "Leave `ttl` out; a patch in force keeps the deadline that it has.",
+                )
             asked = GuardRun(self.client, guards)
             await asked.prepare()
             detail: dict[str, Any] = {
@@ -224,13 +242,17 @@ class PatchService:
                 "before": list(before.ids),
                 "after": list(target.ids),
             }
+            if ttl is not None:
+                detail["ttl"] = ttl
             await self._record("change-intent", {**detail, "in_flight": in_flight})
             logger.info("actor=%s in_flight=%s stack=%s", actor, in_flight, _depths(before, target))
             try:
 
                 def done(digests: dict[str, list[str]]) -> None:
                     told = {**detail, "digests": digests, **asked.told()}
-                    self.store.commit(target, "change-done", told)
+                    kept = {i: e for i, e in self.store.expiries().items() if i not in added}
+                    new = {} if ttl is None else self.lifetimes.begin(added, ttl)
+                    self.store.commit(target, "change-done", told, {**kept, **new})
 
                 swapped = await self.transition.run(
                     [before], target, before, in_flight, done, asked.confirm

@@ -15,12 +15,13 @@ import os
 import sqlite3
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from patcher.engine import expiries
 from patcher.engine.stack import Stack
 from patcher.errors import EngineRefusedError, StackConflictError, UnknownPatchError
 from patcher.patch import Manifest, Patch
@@ -87,7 +88,7 @@ class Store:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._check_owner()
             with self._transaction() as db:
-                for statement in _SCHEMA.split(";"):
+                for statement in (_SCHEMA + expiries.TABLE).split(";"):
                     db.execute(statement)
                 db.execute(
                     "INSERT OR IGNORE INTO meta VALUES ('schema', ?)", (str(SCHEMA_VERSION),)
@@ -302,8 +303,17 @@ class Store:
             )
             self._append(db, event, detail)
 
-    def commit(self, stack: Stack, event: str, detail: dict[str, Any]) -> None:
-        """Make ``stack`` the committed one and append the outcome, in one transaction."""
+    def commit(
+        self,
+        stack: Stack,
+        event: str,
+        detail: dict[str, Any],
+        expires: Mapping[str, expiries.Expiry] | None = None,
+    ) -> None:
+        """Make ``stack`` the committed one and append the outcome, in one transaction.
+
+        ``expires`` has the patches that don't stay; None: those of before that are left.
+        """
         read = self._read()
         bases = [
             (name, module.model_dump_json())
@@ -319,8 +329,20 @@ class Store:
                 "INSERT INTO stack VALUES (?, ?, ?)",
                 [(p, i, since.get(i, moment)) for p, i in enumerate(stack.ids)],
             )
+            expiries.keep(db, stack.ids, expires)
             db.executemany("INSERT OR IGNORE INTO modules VALUES (?, ?)", bases)
             db.execute("INSERT OR REPLACE INTO meta VALUES ('suspended', '0')")
+            self._append(db, event, detail)
+
+    def expiries(self) -> dict[str, expiries.Expiry]:
+        """The committed patches that have a time to live of their own."""
+        with self._connection() as db:
+            return expiries.read(db)
+
+    def confirm(self, ids: Sequence[str], event: str, detail: dict[str, Any]) -> None:
+        """Let patches stay, and record it."""
+        with self._transaction() as db:
+            expiries.drop(db, ids)
             self._append(db, event, detail)
 
     def known_modules(self) -> list[tuple[str, dict[str, Any]]]:

@@ -72,6 +72,41 @@ def test_guards_that_are_none_are_exit_11_and_change_nothing(
     assert fake.requests == []
 
 
+def test_a_time_to_live_is_sent_shown_and_confirmed(fake: FakeEngine, tmp_path: Path) -> None:
+    stays, goes = small_patch(0), small_patch(1)
+    stays.write(tmp_path / "stays.st")
+    goes.write(tmp_path / "goes.st")
+    run_on(fake, "apply", tmp_path / "stays.st")
+    assert "expires" not in run_on(fake, "status").stdout
+    run_on(fake, "apply", tmp_path / "goes.st", "--ttl", "2h")
+    assert json.loads(fake.requests[-1].body)["ttl"] == 7200
+    lines = run_on(fake, "status").stdout.splitlines()
+    assert any(goes.id[:12] in line and "2026-11-24T05:00" in line for line in lines)
+    assert any(stays.id[:12] in line and "stays" in line for line in lines)
+    told = document(run_on(fake, "confirm", goes.id[:6], "--json"))
+    assert told == {"confirmed": [goes.id]}
+    assert "nothing" in run_on(fake, "confirm", "--all").stdout
+    assert fake.expires == {}
+
+
+def test_confirm_wants_ids_that_are_in_force_or_all(fake: FakeEngine) -> None:
+    assert run_on(fake, "confirm").exit_code == 2
+    assert run_on(fake, "confirm", "abcd", "--all").exit_code == 2
+    assert run_on(fake, "confirm", "abcd").exit_code == 6
+
+
+@pytest.mark.parametrize("ttl", ["", "2", "2 hours", "h", "-1h", "0s", "367d", "1e3s", "nan"])
+def test_a_duration_that_is_none_is_exit_2_and_changes_nothing(
+    fake: FakeEngine, patch_file: Path, ttl: str
+) -> None:
+    result = run_on(fake, "apply", patch_file, "--ttl", ttl, "--json")
+    assert result.exit_code == 2
+    error = document(result)["error"]
+    assert "duration" in error["message"]
+    assert error["cure"]
+    assert fake.requests == []
+
+
 def test_apply_says_for_people_how_long_serving_paused(fake: FakeEngine, patch_file: Path) -> None:
     result = run_on(fake, "apply", patch_file)
     assert "paused for 32 ms" in result.stdout
