@@ -136,7 +136,8 @@ class Engine:
 
         All of them or none, in one change. Files are read and checked before the first
         request. ``in_flight`` says what happens to running requests: ``recompute`` (they go
-        on, recomputed under the new weights), ``drain`` (they end first), ``abort``.
+        on, recomputed under the new weights), ``drain`` (they end first), ``abort``, ``continue``
+        (they go on over what the old weights cached; nobody else gets that).
 
         Raises :class:`~patcher.errors.InvalidPatchError`,
         :class:`~patcher.errors.AlreadyAppliedError`,
