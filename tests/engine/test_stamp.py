@@ -73,6 +73,41 @@ def test_a_change_is_told_between_two_events_and_never_inside_one(tmp_path: Path
     ]
 
 
+def test_a_stream_that_begins_before_its_first_token_tells_the_version_in_a_comment(
+    tmp_path: Path,
+) -> None:
+    one = state()
+
+    async def app(send: Any) -> None:
+        await send(start(STREAM))
+        seen(one)
+        await send(body(b"event: created\n\n"))
+        one.weight_version_starts.append(("v1", 0))
+        await send(body(b"data: 1\n\n", more=False))
+
+    head, first, second = answer(app, MixedRequests(tmp_path))
+    assert head["headers"] == STREAM
+    assert first["body"] == b"event: created\n\n"
+    assert second["body"] == b": patcher weight-version=v1 since-token=0\n\ndata: 1\n\n"
+
+
+def test_an_answer_that_is_not_streamed_lists_all_and_says_that_it_is_mixed(tmp_path: Path) -> None:
+    mixed = MixedRequests(tmp_path)
+    mixed.add(["r"])
+
+    async def app(send: Any) -> None:
+        seen(state(("v1", 0), ("v2", 17)))
+        await send(start([]))
+        await send(body(b"{}", more=False))
+
+    head, _ = answer(app, mixed)
+    assert head["headers"] == [
+        (b"x-patcher-weight-version", b"v1, v2"),
+        (b"x-patcher-weight-version-since", b"0, 17"),
+        (b"x-patcher-mixed", b"true"),
+    ]
+
+
 @pytest.mark.parametrize(
     "headers",
     [[(b"content-type", b"application/json")], [*STREAM, (b"content-encoding", b"gzip")]],
