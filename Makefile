@@ -8,7 +8,7 @@ INSTALLED := .venv/.installed-$(ENGINE)
 export ENGINE
 
 .DEFAULT_GOAL := help
-.PHONY: help install model demo test lint clean
+.PHONY: help install model demo test torture lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ demo: install model ## the main job on real input: forget while serving, and tak
 
 test: install model ## the whole suite (PYTEST="-k name" for a part)
 	@.venv/bin/python -m pytest $(PYTEST)
+
+torture: install model ## kill -9 at 200 random points of a change (about two hours)
+	@.venv/bin/python -m bench.torture
 
 lint: install ## ruff and mypy
 	@.venv/bin/ruff check .

@@ -31,12 +31,13 @@ from quality_draws import (
 from patcher.evaluation.asking import Pair, spoken
 from patcher.evaluation.perplexity import cut, perplexity
 from patcher.patch import Patch
+from patcher.text import says
 from patcher.unlearn import compute
 from patcher.unlearn.forward import Edit, answered, as_edit, continuations, folded
 from patcher.unlearn.models import Model, load
 from patcher.unlearn.prompts import encode
 from patcher.unlearn.statistics import cache_folder
-from patcher.unlearn.wishes import GENERATED, says
+from patcher.unlearn.wishes import GENERATED
 
 Histogram = dict[str, int]
 GIVEN = ("prompt", "subject", "target")  # all of a row that computing gets to see

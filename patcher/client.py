@@ -150,7 +150,8 @@ class Engine:
 
         All of them or none, in one change. Files are read and checked before the first
         request. ``in_flight`` says what happens to running requests: ``recompute`` (they go
-        on, recomputed under the new weights), ``drain`` (they end first), ``abort``.
+        on, recomputed under the new weights), ``drain`` (they end first), ``abort``, ``continue``
+        (they go on over what the old weights cached; nobody else gets that).
         ``guards`` are JSON Lines files or mappings (docs/protocol.md, "Guards") that must hold
         on the live engine, or the change is taken back. ``ttl`` (seconds, or a text like
         ``2h``) is when these patches are reverted, unless :meth:`confirm` comes first.

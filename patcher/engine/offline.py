@@ -30,6 +30,7 @@ from patcher.engine.routes import PluginState, router
 from patcher.engine.service import PatchService
 from patcher.engine.settings import Settings, asked_for
 from patcher.engine.store import Store
+from patcher.engine.versions import check_vllm
 from patcher.engine.vllm_offline import OfflineClient
 from patcher.errors import EngineRefusedError, UsageError
 
@@ -173,13 +174,17 @@ def _client(engine: Any) -> OfflineClient:
     client = OfflineClient(engine)
     if Settings.read("").disabled:
         raise EngineRefusedError("patcher is off: PATCHER_DISABLE is set.", "Unset it.")
-    if client.vllm_config.parallel_config.data_parallel_size > 1:
+    import vllm
+
+    check_vllm(vllm.__version__)
+    parallel = client.vllm_config.parallel_config
+    if parallel.data_parallel_size > 1:
         raise EngineRefusedError(
             "This LLM is one of several data-parallel ones, which must change together.",
             "Serve with `patcher serve --data-parallel-size`, or use tensor parallelism.",
         )
-    if client.in_process:
-        worker.install()  # the worker is here too, or has the plugin
+    if client.in_process and parallel.world_size == 1:
+        worker.install()  # the worker is in this process too
     elif not asked_for():
         # Known without a call: one that every rank refuses leaves their replies off by one.
         raise EngineRefusedError(

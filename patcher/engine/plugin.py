@@ -52,12 +52,15 @@ class PatcherEndpoint:
 
         Whatever fails is raised: vLLM then ends without having served a request.
         """
+        import vllm
+
         from patcher.engine import stamp, vllm_client
         from patcher.engine.auth import ensure_token
         from patcher.engine.lifetimes import expire, watch
         from patcher.engine.routes import PluginState
         from patcher.engine.service import PatchService
         from patcher.engine.store import Store
+        from patcher.engine.versions import check_vllm
 
         if engine_client is None:
             state.patcher = PluginState(None, off="it has no engine")
@@ -76,6 +79,7 @@ class PatcherEndpoint:
         if settings.disabled:
             state.patcher = PluginState(store, off="PATCHER_DISABLE is set")
             return
+        check_vllm(vllm.__version__)
         service = PatchService(engine_client, store, settings.spacing)
         await service.restore()
         await expire(service)  # what ran out while nothing served

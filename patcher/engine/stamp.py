@@ -40,7 +40,8 @@ def spans(states: Iterable[Any]) -> list[tuple[str, int]]:
     Of several sequences in one answer: those of the one that met most, then what only others met.
     """
     starts: list[list[tuple[str, int]]] = [state.weight_version_starts for state in states]
-    found = max(([*each] for each in starts), key=len, default=[])
+    starts.sort(key=len, reverse=True)
+    found = list(starts[0]) if starts else []
     for version, token in (one for each in starts for one in each):
         if all(version != known for known, _ in found):
             found.append((version, token))
@@ -92,14 +93,14 @@ class _Answer:
         await self._send(message)
 
     def _with_versions(self, head: Message) -> Message:
-        found = spans(self.states)
-        if not found:
-            return head
-        self._told = len(found)
         headers = list(head.get("headers", ()))
         kinds = {name.lower(): value for name, value in headers}
         stream = kinds.get(b"content-type", b"").startswith(b"text/event-stream")
         self._comments = stream and b"content-encoding" not in kinds
+        found = spans(self.states)
+        if not found:  # a stream may begin with an event before its first token
+            return head
+        self._told = len(found)
         headers.append((VERSION, ", ".join(version for version, _ in found).encode()))
         headers.append((SINCE, ", ".join(str(token) for _, token in found).encode()))
         if self._is_mixed():

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import sqlite3
+import stat
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from patcher.errors import EngineRefusedError, StackConflictError, UnknownPatchE
 from patcher.patch import Manifest, Patch
 
 SCHEMA_VERSION = 1
+BUSY_PATIENCE = 30.0  # seconds that a statement waits for another process's transaction
 LOCK_PATIENCE = 180.0  # seconds that a change waits for another one, which may be draining
 GENESIS = "0" * 64  # what the ledger's first entry follows
 
@@ -84,6 +86,7 @@ class Store:
         self._claim: int | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._check_owner()
             with self._transaction() as db:
                 for statement in (_SCHEMA + expiries.TABLE).split(";"):
                     db.execute(statement)
@@ -108,13 +111,30 @@ class Store:
         """The database file."""
         return self.folder / "patcher.sqlite3"
 
+    def _check_owner(self) -> None:
+        """Nobody else may write what decides which weights are served."""
+        for path in (self.folder, self.path):
+            if not path.exists():
+                continue
+            found = path.stat()
+            if found.st_uid not in (0, os.geteuid()):
+                raise EngineRefusedError(
+                    f"{path} belongs to another user (uid {found.st_uid}).",
+                    f"If it is this engine's state, chown it to uid {os.geteuid()}.",
+                )
+            if found.st_mode & stat.S_IWOTH:
+                raise EngineRefusedError(
+                    f"{path} can be written by everybody.",
+                    "See that nobody changed it (`patcher log`), then chmod o-w.",
+                )
+
     # -- connections -------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
         try:
             with contextlib.closing(
-                sqlite3.connect(self.path, timeout=30, isolation_level=None)
+                sqlite3.connect(self.path, timeout=BUSY_PATIENCE, isolation_level=None)
             ) as db:
                 db.execute("PRAGMA journal_mode=WAL")
                 db.execute("PRAGMA synchronous=FULL")

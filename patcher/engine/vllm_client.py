@@ -15,6 +15,8 @@ from typing import Any
 from patcher.errors import EngineRefusedError
 from patcher.protocol import InFlight
 
+# Seconds; what vLLM gives a step before it gives up (``VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS``).
+RPC_DEADLINE = 300.0
 # What vLLM's pause does with running requests, by our policy's name.
 _PAUSE_MODE: dict[InFlight, str] = {
     "recompute": "keep",
@@ -29,13 +31,22 @@ async def call_workers(client: Any, method: str, *args: Any) -> list[dict[str, A
 
     A data-parallel client's own ``collective_rpc`` returns one engine's replies only. Each
     reply gets the number of its ``engine``: ranks are counted within one.
+
+    Raises :class:`EngineRefusedError` where one doesn't answer in :data:`RPC_DEADLINE`.
     """
     core = getattr(client, "engine_core", None)
     call_all = getattr(core, "call_utility_all_async", None)
-    if call_all is None:
-        per_engine = [await client.collective_rpc(method, args=args)]
-    else:
-        per_engine = await call_all("collective_rpc", method, None, args, None)
+    try:
+        async with asyncio.timeout(RPC_DEADLINE):
+            if call_all is None:
+                per_engine = [await client.collective_rpc(method, args=args)]
+            else:
+                per_engine = await call_all("collective_rpc", method, None, args, None)
+    except TimeoutError:
+        raise EngineRefusedError(
+            f"A rank did not answer {method} within {RPC_DEADLINE:.0f} s.",
+            "Look at the log of its process, and restart the engine: the state is safe.",
+        ) from None
     return [{**reply, "engine": i} for i, replies in enumerate(per_engine) for reply in replies]
 
 

@@ -205,6 +205,11 @@ def _answers(
         except PatcherError as error:
             failure = {"error": error.code, "detail": error.message, "cure": error.cure}
             return {**reply, "ok": False, **failure}
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            detail = f"This rank ran out of memory ({str(error).partition('. ')[0] or 'host'})."
+            cure = "Free memory on its machine: the fold needs one module, the stack its bases."
+            failure = {"error": EngineRefusedError.code, "detail": detail, "cure": cure}
+            return {**reply, "ok": False, **failure}
         except Exception as error:
             detail = f"{type(error).__name__}: {error}"
             return {**reply, "ok": False, "error": PatcherError.code, "detail": detail, "cure": ""}

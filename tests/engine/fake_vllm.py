@@ -78,6 +78,7 @@ class FakeClient:
         self.stopped = False
         self.version = "default"
         self.drains = True
+        self.hangs: set[str] = set()  # methods that a rank never answers
 
     def live(self) -> list[torch.Tensor]:
         """Each module's weight, put together from the ranks."""
@@ -86,6 +87,8 @@ class FakeClient:
 
     async def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
         self.log.append(method.removeprefix("patcher_"))
+        if method in self.hangs:
+            await asyncio.Event().wait()
         plain = getattr(worker, method)
         return [self.fail.get((method, w.rank), plain)(w, *args) for w in self.workers]
 

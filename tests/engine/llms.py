@@ -10,9 +10,9 @@ from patcher.errors import PatcherError
 from tests.engine.families import CONTEXT
 
 TOKENS = 16  # of an answer
-LONG = 400  # of one that a change meets under way
-#: Token ids; the first two share more than one block of the prefix cache.
-PROMPTS = [[*range(20, 60), 7], [*range(20, 60), 9, 11], [200, 31, 8]]
+LONG = 200  # of one that a change meets under way
+#: Token ids; the first two share more than a block of the prefix cache (128 tokens on CPU).
+PROMPTS = [[*range(20, 160), 7], [*range(20, 160), 9, 11], [200, 31, 8]]
 
 
 def start(model: Path | str, **options: Any) -> Any:
@@ -30,7 +30,10 @@ def greedy(tokens: int = TOKENS) -> Any:
 
 
 def answers(llm: Any, **more: Any) -> list[Any]:
-    """Greedy answers, one prompt after another: tokens and their log-probabilities."""
+    """Greedy answers, one prompt after another: tokens and their log-probabilities.
+
+    To be compared where both times the prefix cache was empty, or both times held the prompts.
+    """
     prompts = [{"prompt_token_ids": ids} for ids in PROMPTS]
     outputs = [llm.generate(p, greedy(), use_tqdm=False, **more)[0].outputs[0] for p in prompts]
     return [told(output) for output in outputs]

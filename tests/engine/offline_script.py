@@ -49,7 +49,7 @@ async def in_a_notebook(llm: Any, state: str, patch: str) -> list[str]:
 def main(model: str, merged: str, patch: str, other: str, state: str) -> None:
     found: dict[str, Any] = {}
     llm = start(model)
-    found["base"] = answers(llm)
+    found["base"], found["base again"] = answers(llm), answers(llm)
     with patcher.attach(llm) as engine:
         found["same object"] = patcher.attach(llm) is engine
         found["second state"] = error_of(patcher.attach, llm, state=state)

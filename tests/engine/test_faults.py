@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from patcher.engine import transition as transition_module
-from patcher.engine import vllm_worker
+from patcher.engine import vllm_client, vllm_worker
 from patcher.engine.service import Outcome, PatchService
 from patcher.engine.stack import Stack
 from patcher.engine.store import Store
@@ -263,6 +263,42 @@ def test_a_refused_patch_does_not_disturb_verify(
     assert run(service.verify())["ok"]
     put(service, make(weights, 2))
     assert run(service.verify())["ok"]
+
+
+def test_a_rank_that_never_answers_does_not_hold_the_caller(
+    service: PatchService,
+    client: FakeClient,
+    weights: list[torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(vllm_client, "RPC_DEADLINE", 0.05)
+    client.hangs = {"patcher_stage"}
+    with pytest.raises(EngineRefusedError, match="did not answer patcher_stage"):
+        put(service, make(weights, 1))
+    client.hangs = set()
+    monkeypatch.setattr(vllm_client, "RPC_DEADLINE", 60.0)
+    assert service.store.in_force() == Stack()
+    assert same(client.live(), weights)
+    put(service, make(weights, 1))
+    assert run(service.verify())["ok"]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA: 2 GiB. More")])
+def test_a_rank_without_memory_says_which_it_is(
+    service: PatchService,
+    client: FakeClient,
+    weights: list[torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+) -> None:
+    def fold_fails(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("patcher.engine.worker._fold_on", fold_fails)
+    with pytest.raises(EngineRefusedError, match=r"Rank 0: This rank ran out of memory") as caught:
+        put(service, make(weights, 1))
+    assert "Free memory" in caught.value.cure
+    assert same(client.live(), weights)
 
 
 def test_drain_gives_up_and_lets_the_engine_go_on(

@@ -8,6 +8,7 @@ import pytest
 
 from patcher.engine import serve
 from patcher.engine.settings import Settings, asked_for, default_state
+from patcher.errors import UsageError
 
 
 @pytest.mark.parametrize(
@@ -53,3 +54,12 @@ def test_serve_changes_nothing_but_its_settings(tmp_path: Path) -> None:
     before = {"PATH": "/bin", "VLLM_PLUGINS": "patcher"}
     after = serve.environment_for(before, state=tmp_path, token_file=None, no_restore=True)
     assert after == {**before, "PATCHER_STATE": str(tmp_path), "PATCHER_NO_RESTORE": "1"}
+
+
+def test_spacing_has_a_default_and_bounds() -> None:
+    assert Settings.read("m", {}).spacing == 10.0
+    assert Settings.read("m", {"PATCHER_SPACING": "2.5"}).spacing == 2.5
+    assert Settings.read("m", {"PATCHER_SPACING": "0"}).spacing == 0.0
+    for given in ("soon", "-1", "61", "nan", "inf"):
+        with pytest.raises(UsageError, match="PATCHER_SPACING"):
+            Settings.read("m", {"PATCHER_SPACING": given})

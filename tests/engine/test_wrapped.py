@@ -100,7 +100,7 @@ def test_two_names_of_one_layer_are_refused(found: dict[str, Any]) -> None:
     code, message, _ = found["multimodal"]["two names"]
     assert code == "engine-refused"
     assert "one and the same layer" in message
-    assert found["multimodal"]["after"] == [[], found["multimodal"]["base"]]
+    assert found["multimodal"]["after"] == [[], found["multimodal"]["base again"]]
 
 
 @pytest.mark.parametrize("family", sorted(MULTIMODAL.values()))

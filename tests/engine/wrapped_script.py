@@ -68,7 +68,7 @@ def weight_of_draft(llm: Any) -> str:
 def multimodal(folder: Path) -> dict[str, Any]:
     only_text = {"limit_mm_per_prompt": {"image": 0}}
     llm = start(folder / "multimodal", **only_text)
-    found: dict[str, Any] = {"base": answers(llm), "patched": {}}
+    found: dict[str, Any] = {"base": answers(llm), "base again": answers(llm), "patched": {}}
     patches = sorted((folder / "names").iterdir())
     for path in patches:
         with patcher.attach(llm) as engine:
