@@ -62,6 +62,11 @@ class GuardRun:
         """
         if not self._guards:
             return
+        if not vllm_generation.can_answer(self._client):
+            raise EngineRefusedError(
+                "Guards can't be asked of an LLM that only this script may step.",
+                "Ask it after the change, and revert what you don't like; or serve the model.",
+            )
         if await self._client.is_paused():
             raise EngineRefusedError(
                 "Somebody paused the engine: guards get no answer.", "Resume it, or give no guards."

@@ -24,6 +24,7 @@ from fastapi import FastAPI
 from patcher.client import Engine
 from patcher.engine import worker
 from patcher.engine.auth import ensure_token
+from patcher.engine.lifetimes import expire
 from patcher.engine.plugin import record_start
 from patcher.engine.routes import PluginState, router
 from patcher.engine.service import PatchService
@@ -101,7 +102,9 @@ class AttachedEngine(Engine):
             ensure_token(store, settings.token_file)
             record_start(store, settings)
             self._service: PatchService = PatchService(client, store, spacing=0)
+            self._service.watched = False
             run(self._service.restore())
+            run(expire(self._service))  # what ran out while nothing served
         except BaseException:
             _let_go(store, None if state else folder)
             raise

@@ -25,7 +25,13 @@ from patcher.engine.spacing import DEFAULT_LONGEST
 from patcher.engine.stack import Stack, admit
 from patcher.engine.store import Store
 from patcher.engine.transition import Swapped, Transition
-from patcher.errors import PatcherError, StackChangedError, StackRacedError, UsageError
+from patcher.errors import (
+    EngineRefusedError,
+    PatcherError,
+    StackChangedError,
+    StackRacedError,
+    UsageError,
+)
 from patcher.guards import Guard
 from patcher.patch import Manifest, Patch
 from patcher.protocol import GuardResult, InFlight
@@ -72,6 +78,7 @@ class PatchService:
         self.ranks = Ranks(client)
         self.transition = Transition(self.ranks, store, spacing)
         self.lifetimes = Lifetimes(store)
+        self.watched = True  # whether somebody reverts what is overdue
         self._turn = asyncio.Lock()
 
     # -- looking -----------------------------------------------------------------------------
@@ -232,6 +239,11 @@ class PatchService:
                 raise UsageError(
                     "This change adds no patch that could have a time to live.",
                     "Leave `ttl` out; a patch in force keeps the deadline that it has.",
+                )
+            if ttl is not None and not self.watched:
+                raise EngineRefusedError(
+                    "Nothing in this process would end a time to live.",
+                    "Revert when it is time, or serve the model with `patcher serve`.",
                 )
             asked = GuardRun(self.client, guards)
             await asked.prepare()

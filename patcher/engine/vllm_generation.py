@@ -12,6 +12,11 @@ from dataclasses import replace
 from typing import Any
 
 
+def can_answer(client: Any) -> bool:
+    """Whether requests can be put to the engine from here: not to a ``vllm.LLM`` of a script."""
+    return hasattr(client, "generate")
+
+
 def engines(client: Any) -> list[int | None]:
     """The data-parallel engines that can be asked one by one; ``[None]`` where there is one."""
     count = len(getattr(getattr(client, "engine_core", None), "core_engines", ()))

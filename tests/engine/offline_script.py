@@ -61,6 +61,9 @@ def main(model: str, merged: str, patch: str, other: str, state: str) -> None:
         found["again"] = error_of(engine.apply, patch)
         engine.revert(found["change"]["stack"][0][:12])
         found["reverted"] = answers(llm)
+        guard = {"prompt": "p", "must_not_contain": "x"}
+        found["guarded"] = error_of(engine.apply, patch, guards=guard)
+        found["for an hour"] = error_of(engine.apply, patch, ttl="1h")
         found["refused"] = error_of(engine.apply, other)
         found["after refusal"] = [engine.status()["stack"], answers(llm)]
         found["ledger"] = [entry["event"] for entry in engine.ledger()]

@@ -90,6 +90,7 @@ def speaker(weights: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> Spe
         return [ord(one) for one in text]
 
     monkeypatch.setattr(vllm_client, "describe", lambda client: {})
+    monkeypatch.setattr(vllm_generation, "can_answer", lambda client: True)
     monkeypatch.setattr(vllm_generation, "encode", encode)
     monkeypatch.setattr(vllm_generation, "most_tokens", lambda client: 100)
     monkeypatch.setattr(vllm_generation, "gives_log_probabilities", lambda client: True)

@@ -52,6 +52,11 @@ def test_a_refused_patch_changes_nothing(found: dict[str, Any]) -> None:
     assert found["ledger"][-1] == "change-failed"
 
 
+def test_what_needs_a_server_is_refused(found: dict[str, Any]) -> None:
+    assert found["guarded"][0] == "engine-refused"
+    assert found["for an hour"][0] == "engine-refused"
+
+
 def test_requests_that_the_script_steps_are_recomputed(found: dict[str, Any]) -> None:
     for (tokens, _), reason in found["recomputed"]:
         assert (len(tokens), reason) == (TOKENS, "length")

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import re
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 
 from patcher.client import Engine
-from patcher.errors import BaseMismatchError, StackChangedError
+from patcher.errors import BaseMismatchError, GuardBreachedError, StackChangedError
 from patcher.patch import Patch
 from patcher.protocol import Change
 from tests.engine.conftest import EAGER, answers
@@ -248,3 +251,34 @@ def test_a_restart_brings_the_stack_back_on_every_engine(
         live_modules(engine)
         assert everywhere(replicas) == [one_merged, one_merged]
         engine.revert(all=True)
+
+
+def test_guards_ask_every_engine(replicas: Server, model: Path, patch: Patch) -> None:
+    guard = {"prompt": PROMPTS[0], "must_not_contain": "zyzzyva", "tokens": 5}
+    with Engine(replicas.url, replicas.token) as engine:
+        before = _ended(replicas)
+        change = engine.apply(patch, guards=[guard, {"text": PROMPTS[1], "max_loss": 100.0}])
+        assert [row["ok"] for row in change["guards"]] == [True, True]
+        wanted = {e: n + 2 for e, n in before.items()}
+        deadline = time.monotonic() + 30  # vLLM counts a moment after it answers
+        while _ended(replicas) != wanted and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert _ended(replicas) == wanted
+        with pytest.raises(GuardBreachedError):
+            engine.apply(
+                random_patch(model, 7, layers=(FIRST,)),
+                guards={"text": PROMPTS[1], "max_loss": 0.001},
+            )
+        assert engine.status()["stack"] == [patch.id]
+        live_modules(engine)
+        engine.revert(all=True)
+
+
+def _ended(server: Server) -> dict[str, float]:
+    """How many requests each engine has answered, as vLLM counts them."""
+    text = httpx.get(f"{server.url}/metrics", timeout=30).text
+    counts: dict[str, float] = {"0": 0, "1": 0}
+    for line in text.splitlines():
+        if found := re.match(r'vllm:request_success_total\{.*engine="(\d)".*\} (\S+)', line):
+            counts[found[1]] += float(found[2])
+    return counts

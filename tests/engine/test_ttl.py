@@ -354,6 +354,8 @@ def test_a_start_without_restore_reverts_nothing(
     plugin = start(FakeClient(weights, RANKS), store.folder, monkeypatch)
     assert plugin.service.store.committed() == Stack((a.id,))
     assert run(plugin.service.status())["patches"] == []
+    put(plugin.service, a)  # on again, and this time for good
+    assert expires(plugin.service) == {a.id: None}
 
 
 @pytest.mark.engine
