@@ -88,7 +88,7 @@ class _Answer:
         if self._head is not None:
             head, self._head = self._head, None
             await self._send(self._with_versions(head))
-        elif self._comments and message["type"] == "http.response.body":
+        if self._comments and message["type"] == "http.response.body":
             message = self._commented(message)
         await self._send(message)
 
@@ -96,7 +96,9 @@ class _Answer:
         headers = list(head.get("headers", ()))
         kinds = {name.lower(): value for name, value in headers}
         stream = kinds.get(b"content-type", b"").startswith(b"text/event-stream")
-        self._comments = stream and b"content-encoding" not in kinds
+        self._comments = stream and kinds.keys().isdisjoint(
+            (b"content-encoding", b"content-length")
+        )
         found = spans(self.states)
         if not found:  # a stream may begin with an event before its first token
             return head

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from patcher.engine import vllm_client
+from patcher.engine import spacing, vllm_client
 from patcher.engine.service import PatchService
 from patcher.engine.spacing import TOKENS
 from patcher.engine.stack import Stack
@@ -79,12 +80,18 @@ def test_a_change_waits_until_what_was_recomputed_has_gone_on(
 
 
 def test_a_stream_that_does_not_go_on_holds_changes_up_no_longer_than_was_set(
-    client: FakeClient, weights: list[torch.Tensor], tmp_path: Path
+    client: FakeClient,
+    weights: list[torch.Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    service, patch = serve(client, tmp_path, longest=0.2), make(weights, 1)
+    service, patch = serve(client, tmp_path, longest=5.0), make(weights, 1)
     stream(client)
     put(service, patch)
-    assert put(service).as_dict()["spaced_ms"] >= 200
+    clock = itertools.count()  # a second each time that it is asked
+    monkeypatch.setattr(spacing, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    monkeypatch.setattr(spacing, "_ASK_EVERY", 0.0)
+    assert put(service).as_dict()["spaced_ms"] == 5000
     assert same(client.live(), weights)
 
 
