@@ -32,6 +32,19 @@ def find_module(model: torch.nn.Module, name: str) -> torch.nn.Module | None:
     return None if inner is None else find_module(inner, name)
 
 
+def refuse_experts(model: torch.nn.Module, name: str) -> None:
+    """Raise :class:`EngineRefusedError` where ``name`` is of a mixture's experts.
+
+    vLLM fuses them into one tensor, which its CPU backend packs in a way that can't be read back.
+    """
+    mixture, found, _ = f"{name}.".partition(".experts.")
+    if found and find_module(model, f"{mixture}.experts") is not None:
+        raise EngineRefusedError(
+            f"Module {name} is of a mixture of experts, whose fused weights can't be folded yet.",
+            "Patch layers of this model that are not mixtures, if it has any.",
+        )
+
+
 def refuse_one_layer_twice(model: torch.nn.Module, names: Iterable[str]) -> None:
     """Raise :class:`EngineRefusedError` where two of the names mean the same layer.
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from patcher.engine.names import find_module
+from patcher.engine.names import find_module, refuse_experts
 from patcher.errors import EngineRefusedError
 
 _READ_ROWS = 256  # input columns read back from a pack in one product
@@ -197,6 +197,7 @@ def find_site(model: torch.nn.Module, name: str) -> Site | None:
 
     Raises :class:`EngineRefusedError` for a module that can't be folded exactly.
     """
+    refuse_experts(model, name)
     layer: Any = find_module(model, name)
     layer = getattr(layer, "base_layer", layer)  # vLLM's LoRA wrapper holds the real layer
     if layer is None or type(layer).__name__ == "PPMissingLayer":
