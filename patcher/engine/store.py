@@ -8,13 +8,9 @@ by :meth:`Store.exclusive`, a lock that dies with the process that held it.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
-import os
 import sqlite3
-import stat
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from patcher.engine import expiries
+from patcher.engine.folder import StateFolder
 from patcher.engine.stack import Stack
-from patcher.errors import EngineRefusedError, StackConflictError, UnknownPatchError
+from patcher.errors import EngineRefusedError, UnknownPatchError
 from patcher.patch import Manifest, Patch
 
 SCHEMA_VERSION = 1
 BUSY_PATIENCE = 30.0  # seconds that a statement waits for another process's transaction
-LOCK_PATIENCE = 180.0  # seconds that a change waits for another one, which may be draining
 GENESIS = "0" * 64  # what the ledger's first entry follows
 
 _SCHEMA = """
@@ -69,24 +65,15 @@ def chain(previous: str, seq: int, moment: str, event: str, detail: str) -> str:
     return hashlib.sha256(entry.encode()).hexdigest()
 
 
-def _try_lock(handle: int) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-class Store:
+class Store(StateFolder):
     """The state folder (mode 0700) and the database in it."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        super().__init__(folder)
         self._known: dict[str, tuple[Manifest, dict[str, int]]] = {}
-        self._claim: int | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._check_owner()
+            self.check_owner()
             with self._transaction() as db:
                 for statement in (_SCHEMA + expiries.TABLE).split(";"):
                     db.execute(statement)
@@ -105,28 +92,6 @@ class Store:
                 f"The state in {folder} has schema {found}; this version reads {SCHEMA_VERSION}.",
                 "Use the patcher that wrote it, or another state folder.",
             )
-
-    @property
-    def path(self) -> Path:
-        """The database file."""
-        return self.folder / "patcher.sqlite3"
-
-    def _check_owner(self) -> None:
-        """Nobody else may write what decides which weights are served."""
-        for path in (self.folder, self.path):
-            if not path.exists():
-                continue
-            found = path.stat()
-            if found.st_uid not in (0, os.geteuid()):
-                raise EngineRefusedError(
-                    f"{path} belongs to another user (uid {found.st_uid}).",
-                    f"If it is this engine's state, chown it to uid {os.geteuid()}.",
-                )
-            if found.st_mode & stat.S_IWOTH:
-                raise EngineRefusedError(
-                    f"{path} can be written by everybody.",
-                    "See that nobody changed it (`patcher log`), then chmod o-w.",
-                )
 
     # -- connections -------------------------------------------------------------------------
 
@@ -161,58 +126,6 @@ class Store:
         with self._connection() as db:
             row = db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
         return None if row is None else str(row[0])
-
-    def claim(self, instance: str) -> None:
-        """Hold the folder for the engine ``instance`` until :meth:`release` or this process ends.
-
-        The API servers of one engine share it. Raises :class:`EngineRefusedError` where
-        another engine has it: two engines in one folder would undo each other's changes.
-        """
-        handle = os.open(self.folder / "engine.lock", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.ftruncate(handle, 0)
-                os.pwrite(handle, instance.encode(), 0)
-            except BlockingIOError:
-                pass
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            ours = os.pread(handle, 256, 0).decode() == instance
-        except BlockingIOError:
-            ours = False
-        if not ours:
-            os.close(handle)
-            raise EngineRefusedError(
-                f"Another engine uses the state folder {self.folder}.",
-                "Give each engine a folder of its own with --state.",
-            )
-        self._claim = handle  # the lock lives as long as this process
-
-    def release(self) -> None:
-        """Let another engine have the folder."""
-        if self._claim is not None:
-            os.close(self._claim)
-            self._claim = None
-
-    @contextlib.contextmanager
-    def exclusive(self, patience: float = LOCK_PATIENCE) -> Iterator[None]:
-        """Hold the right to change the stack, across processes.
-
-        Raises :class:`StackConflictError` when another change holds it for ``patience`` seconds.
-        """
-        handle = os.open(self.folder / "change.lock", os.O_RDWR | os.O_CREAT, 0o600)
-        deadline = time.monotonic() + patience
-        try:
-            while not _try_lock(handle):
-                if time.monotonic() > deadline:
-                    raise StackConflictError(
-                        f"Another change has been under way for {patience:.0f} s.",
-                        "Look at `patcher status`, then try again.",
-                    )
-                time.sleep(0.02)
-            yield
-        finally:
-            os.close(handle)
 
     # -- patches -----------------------------------------------------------------------------
 
@@ -350,14 +263,6 @@ class Store:
         with self._connection() as db:
             rows = db.execute("SELECT name, base FROM modules ORDER BY name").fetchall()
         return [(str(name), json.loads(base)) for name, base in rows]
-
-    def changing(self) -> bool:
-        """Whether a change is under way, in any process."""
-        handle = os.open(self.folder / "change.lock", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            return not _try_lock(handle)
-        finally:
-            os.close(handle)
 
     @property
     def drift(self) -> list[str]:

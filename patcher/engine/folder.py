@@ -1,0 +1,119 @@
+"""The state folder: whose it is, which engine uses it, and who may change the stack now."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import stat
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from patcher.errors import EngineRefusedError, StackConflictError
+
+LOCK_PATIENCE = 180.0  # seconds that a change waits for another one, which may be draining
+
+
+class StateFolder:
+    """A folder that the API-server processes of one engine share.
+
+    Its locks are files' and die with the process that held them.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._claim: int | None = None
+
+    @property
+    def path(self) -> Path:
+        """The database file."""
+        return self.folder / "patcher.sqlite3"
+
+    def check_owner(self) -> None:
+        """Nobody else may write what decides which weights are served.
+
+        Raises :class:`EngineRefusedError` where another user owns it, or everybody may.
+        """
+        for path in (self.folder, self.path):
+            if not path.exists():
+                continue
+            found = path.stat()
+            if found.st_uid not in (0, os.geteuid()):
+                raise EngineRefusedError(
+                    f"{path} belongs to another user (uid {found.st_uid}).",
+                    f"If it is this engine's state, chown it to uid {os.geteuid()}.",
+                )
+            if found.st_mode & stat.S_IWOTH:
+                raise EngineRefusedError(
+                    f"{path} can be written by everybody.",
+                    "See that nobody changed it (`patcher log`), then chmod o-w.",
+                )
+
+    def claim(self, instance: str) -> None:
+        """Hold the folder for the engine ``instance`` until :meth:`release` or this process ends.
+
+        The API servers of one engine share it. Raises :class:`EngineRefusedError` where
+        another engine has it: two engines in one folder would undo each other's changes.
+        """
+        handle = os.open(self.folder / "engine.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, instance.encode(), 0)
+            except BlockingIOError:
+                pass
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            ours = os.pread(handle, 256, 0).decode() == instance
+        except BlockingIOError:
+            ours = False
+        if not ours:
+            os.close(handle)
+            raise EngineRefusedError(
+                f"Another engine uses the state folder {self.folder}.",
+                "Give each engine a folder of its own with --state.",
+            )
+        self._claim = handle  # the lock lives as long as this process
+
+    def release(self) -> None:
+        """Let another engine have the folder."""
+        if self._claim is not None:
+            os.close(self._claim)
+            self._claim = None
+
+    @contextlib.contextmanager
+    def exclusive(self, patience: float = LOCK_PATIENCE) -> Iterator[None]:
+        """Hold the right to change the stack, across processes.
+
+        Raises :class:`StackConflictError` when another change holds it for ``patience`` seconds.
+        """
+        handle = os.open(self.folder / "change.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        deadline = time.monotonic() + patience
+        try:
+            while not _try_lock(handle):
+                if time.monotonic() > deadline:
+                    raise StackConflictError(
+                        f"Another change has been under way for {patience:.0f} s.",
+                        "Look at `patcher status`, then try again.",
+                    )
+                time.sleep(0.02)
+            yield
+        finally:
+            os.close(handle)
+
+    def changing(self) -> bool:
+        """Whether a change is under way, in any process."""
+        handle = os.open(self.folder / "change.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            return not _try_lock(handle)
+        finally:
+            os.close(handle)
+
+
+def _try_lock(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
