@@ -90,6 +90,7 @@ class AttachedEngine(Engine):
         self._llm = weakref.ref(llm)  # which holds this object
         client = _client(llm.llm_engine)
         folder = state or Path(tempfile.mkdtemp(prefix="patcher-"))
+        temporary = None if state else folder
         store = None
         try:
             store = Store(folder)
@@ -106,9 +107,9 @@ class AttachedEngine(Engine):
             run(self._service.restore())
             run(expire(self._service))  # what ran out while nothing served
         except BaseException:
-            _let_go(store, None if state else folder)
+            _let_go(store, temporary)
             raise
-        self._release = weakref.finalize(self, _let_go, store, None if state else folder)
+        self._release = weakref.finalize(self, _let_go, store, temporary)
         super().__init__(
             _URL,
             settings.token_file.read_text(encoding="ascii"),
