@@ -235,16 +235,8 @@ class PatchService:
                 raise _outdated(if_match, before, raced=if_match == arrived.version)
             only_if()
             added = [i for i in target.ids if i not in before.ids]
-            if ttl is not None and not added:
-                raise UsageError(
-                    "This change adds no patch that could have a time to live.",
-                    "Leave `ttl` out; a patch in force keeps the deadline that it has.",
-                )
-            if ttl is not None and not self.watched:
-                raise EngineRefusedError(
-                    "Nothing in this process would end a time to live.",
-                    "Revert when it is time, or serve the model with `patcher serve`.",
-                )
+            if ttl is not None:
+                self._check_lifetime(added)
             asked = GuardRun(self.client, guards)
             await asked.prepare()
             detail: dict[str, Any] = {
@@ -275,6 +267,18 @@ class PatchService:
                 raise
             metrics().in_force(target.ids)
         return Outcome(target, time.monotonic() - began, swapped, asked.results)
+
+    def _check_lifetime(self, added: list[str]) -> None:
+        if not added:
+            raise UsageError(
+                "This change adds no patch that could have a time to live.",
+                "Leave `ttl` out; a patch in force keeps the deadline that it has.",
+            )
+        if not self.watched:
+            raise EngineRefusedError(
+                "Nothing in this process would end a time to live.",
+                "Revert when it is time, or serve the model with `patcher serve`.",
+            )
 
     async def _reconcile(self, occasion: str) -> None:
         """Bring workers that serve another stack than the recorded one back to it."""
