@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import Any
 
 from patcher.engine import vllm_client
 from patcher.engine.metrics import metrics
@@ -77,7 +79,7 @@ class Transition:
             if confirm is not None:
                 await confirm()
             by_rank = {name: [d[at] for at in sorted(d)] for name, d in digests.items()}
-            await asyncio.to_thread(record, by_rank)
+            await _to_the_end(record, by_rank)
         except BaseException as error:
             async with vllm_client.paused(self.ranks.client, "recompute") as pause:
                 await self.put_back(change_id, fallback, pause)
@@ -211,3 +213,12 @@ class Transition:
             await self.ranks.call("patcher_finish", change_id)
         except Exception:
             logger.exception("patcher: a rank kept what a change left")
+
+
+async def _to_the_end(write: Callable[[Any], object], value: Any) -> None:
+    """Write in a thread; a cancellation is too late by then: what is on disk must be in force."""
+    writing = asyncio.ensure_future(asyncio.to_thread(write, value))
+    while not writing.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait([writing])
+    writing.result()

@@ -7,6 +7,8 @@ can't be made to fail at a chosen point. ``tests/engine/test_live.py`` has the r
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
@@ -299,6 +301,38 @@ def test_a_rank_without_memory_says_which_it_is(
         put(service, make(weights, 1))
     assert "Free memory" in caught.value.cure
     assert same(client.live(), weights)
+
+
+def test_a_change_that_is_cancelled_while_it_is_recorded_is_made(
+    service: PatchService,
+    client: FakeClient,
+    weights: list[torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain, begun = service.store.commit, threading.Event()
+
+    def slowly(*args: Any, **options: Any) -> None:
+        begun.set()
+        time.sleep(0.2)
+        plain(*args, **options)
+
+    async def cancel() -> None:
+        patch = make(weights, 1)
+        service.store.add_patch(patch, "me")
+        change = service.change(
+            [patch.id], if_match=Stack().version, in_flight="recompute", actor="me"
+        )
+        task = asyncio.ensure_future(change)
+        while not begun.is_set():
+            await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.wait([task])
+
+    monkeypatch.setattr(service.store, "commit", slowly)
+    run(cancel())
+    assert service.store.in_force() == Stack((make(weights, 1).id,))
+    assert same(client.live(), folded(weights, make(weights, 1)))
+    assert run(service.verify())["ok"]
 
 
 def test_drain_gives_up_and_lets_the_engine_go_on(
