@@ -207,7 +207,8 @@ def test_a_change_that_somebody_else_overtook(run: Run, server: Server, patch_b:
     _post(server, patch_b.data)
     answer = _put(server, {"stack": [patch_b.id]}, {"If-Match": f'"{"0" * 64}"'})
     assert answer.status_code == 412
-    assert answer.json()["stack"] == []
+    with Engine(server.url, server.token) as engine:
+        assert answer.json()["stack"] == engine.status()["stack"]
     assert _put(server, {"stack": [patch_b.id]}, {}).status_code == 428
 
 
