@@ -20,7 +20,7 @@ from tests.engine.patches import merge, random_patch
 from tests.engine.server import Server, serving
 from tests.engine.tiny import tiny_llama
 
-pytestmark = [pytest.mark.engine, pytest.mark.model]
+pytestmark = pytest.mark.engine
 
 PREFIX = [20 + 7 * i % 350 for i in range(200)]  # tokens that requests share: twelve full blocks
 LONGEST = 7900  # tokens: more than flow before the test is done with a stream
