@@ -12,6 +12,7 @@ from pathlib import Path
 
 from patcher.errors import EngineRefusedError, StackConflictError
 
+CLAIM_PATIENCE = 5.0  # seconds that a start waits for a sibling that claims the folder now
 LOCK_PATIENCE = 180.0  # seconds that a change waits for another one, which may be draining
 
 
@@ -57,18 +58,14 @@ class StateFolder:
         another engine has it: two engines in one folder would undo each other's changes.
         """
         handle = os.open(self.folder / "engine.lock", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.ftruncate(handle, 0)
-                os.pwrite(handle, instance.encode(), 0)
-            except BlockingIOError:
-                pass
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            ours = os.pread(handle, 256, 0).decode() == instance
-        except BlockingIOError:
-            ours = False
-        if not ours:
+        if _try_lock(handle):
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, instance.encode(), 0)
+        # Whoever comes first holds it alone while it writes: its sibling has to wait for that.
+        deadline = time.monotonic() + CLAIM_PATIENCE
+        while not (shared := _try_lock(handle, fcntl.LOCK_SH)) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if not shared or os.pread(handle, 256, 0).decode() != instance:
             os.close(handle)
             raise EngineRefusedError(
                 f"Another engine uses the state folder {self.folder}.",
@@ -111,9 +108,9 @@ class StateFolder:
             os.close(handle)
 
 
-def _try_lock(handle: int) -> bool:
+def _try_lock(handle: int, kind: int = fcntl.LOCK_EX) -> bool:
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import sqlite3
 import stat
+import threading
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 import torch
@@ -146,6 +149,21 @@ def test_two_engines_do_not_share_a_folder(store: Store) -> None:
     Store(store.folder).claim("one engine")
     with pytest.raises(EngineRefusedError, match="Another engine"):
         Store(store.folder).claim("another engine")
+
+
+def test_two_api_servers_of_one_engine_may_claim_at_the_same_moment(store: Store) -> None:
+    with (store.folder / "engine.lock").open("w+") as first:
+        fcntl.flock(first, fcntl.LOCK_EX)  # the other one is about to write
+        released = threading.Timer(0.3, _claimed, (first, "one engine"))
+        released.start()
+        store.claim("one engine")
+        released.join()
+
+
+def _claimed(lock: TextIO, instance: str) -> None:
+    lock.write(instance)
+    lock.flush()
+    fcntl.flock(lock, fcntl.LOCK_SH)
 
 
 def test_one_change_at_a_time(store: Store) -> None:
