@@ -8,10 +8,10 @@ fields that they have at least; a newer engine may send more. Every error is one
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from os import PathLike
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import httpx
 
@@ -21,12 +21,10 @@ from patcher.errors import (
     AlreadyAppliedError,
     AmbiguousIdError,
     EngineUnreachableError,
-    PatcherError,
-    PermissionDeniedError,
     UnknownPatchError,
     UsageError,
-    by_code,
 )
+from patcher.problems import json_object, refusal
 from patcher.protocol import (
     ROUTE,
     Change,
@@ -48,10 +46,6 @@ _CONNECT_S = 5.0
 # A change may wait for running requests to end (``drain``), a check reads whole weights.
 _CHANGE_S = 3600.0
 _VERIFY_S = 600.0
-_NO_PLUGIN = (
-    "Start it with `patcher serve`, or set VLLM_PLUGINS=patcher for `vllm serve`; "
-    "`patcher doctor --engine URL` looks closer."
-)
 
 
 class Engine:
@@ -295,7 +289,7 @@ class Engine:
 
     def _call(self, method: str, path: str, needs: Iterable[str], **options: Any) -> dict[str, Any]:
         # A JSON object with at least the fields `needs`.
-        answer = _json_object(self._request(method, path, **options))
+        answer = json_object(self._request(method, path, **options))
         if answer is None or any(field not in answer for field in needs):
             raise EngineUnreachableError(
                 f"{self.url} answered {method} {path}, but not in patcher's protocol.",
@@ -316,7 +310,7 @@ class Engine:
             raise self._no_answer(method, error) from None
         if answer.is_success:
             return answer
-        self._refused(answer)
+        raise refusal(answer, self.url)
 
     def _no_answer(self, method: str, error: httpx.HTTPError) -> EngineUnreachableError:
         sent = not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
@@ -329,31 +323,6 @@ class Engine:
             cure = "Is the engine running, and is this its URL?"
         why = "it took too long" if isinstance(error, httpx.TimeoutException) else str(error)
         return EngineUnreachableError(f"No answer from {self.url} ({why or 'no reason'}).", cure)
-
-    def _refused(self, answer: httpx.Response) -> NoReturn:
-        # RFC 9457 from the plugin; anything else came from something in front or instead of it.
-        problem = _json_object(answer) or {}
-        code = _problem_code(problem)
-        detail, cure = str(problem.get("detail") or ""), str(problem.get("cure") or "")
-        if code and by_code(code) is not PatcherError:
-            raise by_code(code)(detail or code, cure, **_details(problem))
-        if answer.status_code in (401, 403):
-            raise PermissionDeniedError(
-                detail or f"{self.url} refused the token.",
-                "Set PATCHER_TOKEN to an admin token of the plugin (`patcher serve` prints the "
-                "path of the first one); vLLM's API key opens nothing here.",
-            )
-        if code:
-            raise PatcherError(detail or f"The engine answered {code}.", cure)
-        if answer.status_code == 404:
-            raise EngineUnreachableError(
-                f"A server answers at {self.url}, but the patcher plugin is not loaded in it.",
-                _NO_PLUGIN,
-            )
-        raise EngineUnreachableError(
-            f"{self.url} answered HTTP {answer.status_code}, not in patcher's protocol.",
-            "Look at the log of the engine, and of any proxy in front of it.",
-        )
 
 
 def resolve(prefixes: Iterable[str], stack: Sequence[str]) -> list[str]:
@@ -401,23 +370,3 @@ def _guards(sources: GuardSource | Sequence[GuardSource]) -> list[dict[str, Any]
     from patcher.guards import read_guards
 
     return read_guards(sources) if sources else []
-
-
-def _json_object(answer: httpx.Response) -> dict[str, Any] | None:
-    try:
-        value = answer.json()
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def _details(problem: Mapping[str, Any]) -> dict[str, Any]:
-    known = {"type", "title", "status", "detail", "cure", "code", "message"}
-    return {key: value for key, value in problem.items() if key not in known}
-
-
-def _problem_code(problem: Mapping[str, Any]) -> str:
-    code, kind = problem.get("code"), problem.get("type")
-    if not isinstance(code, str) and isinstance(kind, str):
-        code = kind.removeprefix("urn:patcher:error:") if kind.startswith("urn:patcher:") else ""
-    return code if isinstance(code, str) else ""

@@ -57,14 +57,12 @@ class StateFolder:
         The API servers of one engine share it. Raises :class:`EngineRefusedError` where
         another engine has it: two engines in one folder would undo each other's changes.
         """
-        handle = os.open(self.folder / "engine.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        handle = self._lock_file("engine.lock")
         if _try_lock(handle):
             os.ftruncate(handle, 0)
             os.pwrite(handle, instance.encode(), 0)
         # Whoever comes first holds it alone while it writes: its sibling has to wait for that.
-        deadline = time.monotonic() + CLAIM_PATIENCE
-        while not (shared := _try_lock(handle, fcntl.LOCK_SH)) and time.monotonic() < deadline:
-            time.sleep(0.02)
+        shared = _lock(handle, CLAIM_PATIENCE, fcntl.LOCK_SH)
         if not shared or os.pread(handle, 256, 0).decode() != instance:
             os.close(handle)
             raise EngineRefusedError(
@@ -85,27 +83,37 @@ class StateFolder:
 
         Raises :class:`StackConflictError` when another change holds it for ``patience`` seconds.
         """
-        handle = os.open(self.folder / "change.lock", os.O_RDWR | os.O_CREAT, 0o600)
-        deadline = time.monotonic() + patience
+        handle = self._lock_file("change.lock")
         try:
-            while not _try_lock(handle):
-                if time.monotonic() > deadline:
-                    raise StackConflictError(
-                        f"Another change has been under way for {patience:.0f} s.",
-                        "Look at `patcher status`, then try again.",
-                    )
-                time.sleep(0.02)
+            if not _lock(handle, patience):
+                raise StackConflictError(
+                    f"Another change has been under way for {patience:.0f} s.",
+                    "Look at `patcher status`, then try again.",
+                )
             yield
         finally:
             os.close(handle)
 
     def changing(self) -> bool:
         """Whether a change is under way, in any process."""
-        handle = os.open(self.folder / "change.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        handle = self._lock_file("change.lock")
         try:
             return not _try_lock(handle)
         finally:
             os.close(handle)
+
+    def _lock_file(self, name: str) -> int:
+        return os.open(self.folder / name, os.O_RDWR | os.O_CREAT, 0o600)
+
+
+def _lock(handle: int, patience: float, kind: int = fcntl.LOCK_EX) -> bool:
+    """Try for ``patience`` seconds, at least once; whether the lock is held now."""
+    deadline = time.monotonic() + patience
+    while not _try_lock(handle, kind):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
 
 
 def _try_lock(handle: int, kind: int = fcntl.LOCK_EX) -> bool:

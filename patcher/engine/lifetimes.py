@@ -11,12 +11,11 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from patcher.engine import expiries
 from patcher.engine.expiries import Expiry
-from patcher.engine.store import Store
+from patcher.engine.store import Store, utc
 from patcher.errors import PatcherError, StackChangedError, StackConflictError, UnknownPatchError
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ class Lifetimes:
         """When each of the stack's ``ids`` ends, in UTC (RFC 3339); nothing for those that stay."""
         own = {i: one.deadline for i, one in self._store.expiries().items()}
         ends = expiries.deadlines(ids, self._store.manifests(), own) if own else {}
-        return {i: _moment(at) for i, at in ends.items()}
+        return {i: utc(at) for i, at in ends.items()}
 
     def confirm(self, ids: Sequence[str] | None, actor: str) -> list[str]:
         """Make patches stay, all of the stack where ``ids`` is None; returns those that would not.
@@ -150,8 +149,3 @@ async def watch(service: PatchService) -> None:
 
 def _named(ids: Sequence[str] | dict[str, float]) -> str:
     return ", ".join(i[:12] for i in ids)
-
-
-def _moment(at: float) -> str:
-    text = datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")
-    return text.replace("+00:00", "Z")

@@ -145,7 +145,7 @@ class PatchService:
         for verdicts in found.values():
             for name, verdict in verdicts.items():
                 modules[name] = modules.get(name, True) and bool(verdict["ok"])
-        await self._drifted([name for name, ok in sorted(modules.items()) if not ok])
+        await self.transition.note_drift([name for name, ok in sorted(modules.items()) if not ok])
         return {
             "ok": agree(ranks, stack) and all(modules.values()),
             "modules": dict(sorted(modules.items())),
@@ -182,10 +182,6 @@ class PatchService:
             await self._reconcile("repair")
             await self.transition.heal(self.store.in_force())
         return await self.verify()
-
-    async def _drifted(self, modules: list[str]) -> None:
-        metrics().drifted(len(modules))
-        await asyncio.to_thread(self.store.set_drift, modules)
 
     # -- changing ----------------------------------------------------------------------------
 

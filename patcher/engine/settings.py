@@ -53,7 +53,7 @@ class Settings:
         return cls(
             state=state,
             token_file=Path(token).expanduser() if token else state / "token",
-            no_restore=environment.get("PATCHER_NO_RESTORE", "").lower() in _TRUE,
+            no_restore=is_set("PATCHER_NO_RESTORE", environment),
             disabled=disabled(environment),
             spacing=_seconds("PATCHER_SPACING", environment, DEFAULT_LONGEST, LONGEST),
         )
@@ -73,6 +73,11 @@ def _seconds(name: str, environment: Mapping[str, str], default: float, longest:
     return seconds
 
 
+def is_set(name: str, environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether the switch ``name`` is on."""
+    return environment.get(name, "").lower() in _TRUE
+
+
 def disabled(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether PATCHER_DISABLE is set."""
-    return environment.get("PATCHER_DISABLE", "").lower() in _TRUE
+    return is_set("PATCHER_DISABLE", environment)

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import sqlite3
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -54,9 +55,15 @@ class StoredPatch:
     bytes: int
 
 
+def utc(at: float) -> str:
+    """Seconds since 1970 in UTC, RFC 3339 with milliseconds."""
+    text = datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")
+    return text.replace("+00:00", "Z")
+
+
 def now() -> str:
     """The time in UTC, RFC 3339 with milliseconds."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return utc(time.time())
 
 
 def chain(previous: str, seq: int, moment: str, event: str, detail: str) -> str:

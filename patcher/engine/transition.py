@@ -101,8 +101,7 @@ class Transition:
                 drifted[name] = all(r["pristine"] for r in changed)
         if not drifted:
             return
-        metrics().drifted(len(drifted))
-        await asyncio.to_thread(self.store.set_drift, sorted(drifted))
+        await self.note_drift(sorted(drifted))
         foreign = [name for name, pristine in drifted.items() if not pristine]
         if foreign:
             raise VerificationError(
@@ -114,11 +113,15 @@ class Transition:
         def healed(digests: dict[str, list[str]]) -> None:
             detail = {"modules": sorted(drifted), "stack": list(stack.ids), "digests": digests}
             self.store.record("drift-healed", detail)
-            self.store.set_drift([])
 
         logger.warning("patcher: the base was back in %d modules; healing", len(drifted))
         await self.run([Stack()], stack, stack, "recompute", healed, healing=True)
-        metrics().drifted(0)
+        await self.note_drift([])
+
+    async def note_drift(self, modules: list[str]) -> None:
+        """Tell which modules something else changed: in the state, the ledger and the metrics."""
+        metrics().drifted(len(modules))
+        await asyncio.to_thread(self.store.set_drift, modules)
 
     async def _stage(
         self, change_id: str, served: list[Stack], target: Stack

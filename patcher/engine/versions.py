@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Mapping
 
+from patcher.engine.settings import is_set
 from patcher.errors import EngineRefusedError
 
 FIRST, BEYOND = (0, 32), (0, 33)  # from the one, up to but without the other
@@ -29,7 +30,7 @@ def check_vllm(version: str, environment: Mapping[str, str] = os.environ) -> Non
     """
     if is_known(version):
         return
-    if environment.get(FORCE, "").lower() in {"1", "true", "yes", "on"}:
+    if is_set(FORCE, environment):
         logger.warning("patcher: vLLM %s is forced; tested was %s", version, RANGE)
         return
     raise EngineRefusedError(
