@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,13 @@ def server(real_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 @pytest.fixture
 def engine(server: Server) -> Iterator[Engine]:
     """A client of the shared engine, whose stack is empty before and after."""
+    with emptied(server) as client:
+        yield client
+
+
+@contextmanager
+def emptied(server: Server) -> Iterator[Engine]:
+    """A client of an engine whose stack is empty before and after."""
     with Engine(server.url, server.token) as client:
         client.revert(all=True)
         yield client

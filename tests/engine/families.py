@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from patcher.patch import Base, Delta, Manifest, Method, Patch, Requests, module_base
+from patcher.patch import Delta, Patch, module_base
 from patcher.unlearn.models import ARCHITECTURES
-from tests.unlearn.tiny import VOCABULARY, tokenizer
+from tests.engine.patches import random_manifest
+from tests.unlearn import tiny
 
 RANK = 4
 CONTEXT = 512  # tokens that a request may have
@@ -60,22 +60,7 @@ def save(
     folder: Path, family: str = "llama", dtype: torch.dtype = torch.bfloat16, **more: Any
 ) -> Path:
     """Write a random model of that family; the same one at every call."""
-    torch.manual_seed(5)
-    config = AutoConfig.for_model(
-        family,
-        vocab_size=VOCABULARY,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-        initializer_range=0.2,
-        **{**FAMILIES[family], **more},
-    )
-    maker: Any = AutoModelForCausalLM
-    model = maker.from_config(config).to(dtype)
-    model.config.dtype = dtype
-    model.save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return folder
+    return tiny.save(folder, family, dtype, {**FAMILIES[family], **more})
 
 
 def targets(network: Any) -> dict[str, torch.Tensor]:
@@ -100,15 +85,7 @@ def patch_on(held: Mapping[str, torch.Tensor], seed: int = 1, scale: float = 4.0
         right = (draw.standard_normal((RANK, width)) * scale / d_out).astype(np.float32)
         make = Delta.additive if place % 2 else Delta.multiplicative
         modules[name], deltas[name] = module_base(weight.contiguous()), make(left, right)
-    manifest = Manifest(
-        title="a random edit",
-        created="2026-11-24T00:00:00Z",
-        tool="tests",
-        base=Base(model="test", architecture="test", modules=modules),
-        method=Method(name="random", hyperparameters={"seed": seed}),
-        requests=Requests(count=1, commitment="0" * 64),
-    )
-    return Patch.build(manifest, deltas)
+    return Patch.build(random_manifest("a random edit", modules, seed), deltas)
 
 
 def fold_into(held: Mapping[str, torch.Tensor], patch: Patch) -> None:

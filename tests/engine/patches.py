@@ -10,7 +10,16 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from patcher.patch import Base, Delta, Manifest, Method, Patch, Requests, module_base
+from patcher.patch import (
+    Base,
+    Delta,
+    Manifest,
+    Method,
+    ModuleBase,
+    Patch,
+    Requests,
+    module_base,
+)
 
 LAYERS = (3, 4, 5)
 
@@ -46,7 +55,14 @@ def random_patch(
         right = draw.standard_normal((rank, d_out)).astype(np.float32) * (scale / d_out)
         modules[name] = module_base(weight)
         deltas[name] = Delta.multiplicative(left, right)
-    manifest = Manifest(
+    return Patch.build(random_manifest(title, modules, seed, **fields), deltas)
+
+
+def random_manifest(
+    title: str, modules: dict[str, ModuleBase], seed: int, **fields: list[str]
+) -> Manifest:
+    """The manifest of an edit that nobody computed."""
+    return Manifest(
         title=title,
         created="2026-11-24T00:00:00Z",
         tool="tests",
@@ -55,7 +71,6 @@ def random_patch(
         requests=Requests(count=1, commitment="0" * 64),
         **fields,
     )
-    return Patch.build(manifest, deltas)
 
 
 def merge(model: Path, patches: Sequence[Patch], folder: Path) -> Path:

@@ -77,12 +77,6 @@ class Speaker:
 
 
 @pytest.fixture
-def weights() -> list[torch.Tensor]:
-    draw = torch.Generator().manual_seed(0)
-    return [torch.randn(8, 48, generator=draw).bfloat16() for _ in range(3)]
-
-
-@pytest.fixture
 def speaker(weights: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> Speaker:
     speaker = Speaker(FakeClient(weights, RANKS), weights)
 

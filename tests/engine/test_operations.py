@@ -11,7 +11,7 @@ import pytest
 from patcher.client import Engine
 from patcher.errors import VerificationError
 from patcher.patch import Patch
-from tests.engine.conftest import EAGER, answers
+from tests.engine.conftest import EAGER, answers, emptied
 from tests.engine.patches import module_name, random_patch
 from tests.engine.server import Server, serving
 from tests.engine.test_refusals import patcher
@@ -49,10 +49,8 @@ def watched(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 
 @pytest.fixture
 def engine(watched: Server) -> Iterator[Engine]:
-    with Engine(watched.url, watched.token) as client:
-        client.revert(all=True)
+    with emptied(watched) as client:
         yield client
-        client.revert(all=True)
 
 
 def metrics(server: Server) -> dict[str, float]:

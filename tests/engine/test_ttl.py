@@ -18,7 +18,6 @@ import torch
 
 from patcher.client import Engine
 from patcher.engine import lifetimes as lifetimes_module
-from patcher.engine import vllm_client
 from patcher.engine.lifetimes import Lifetimes, expire, watch
 from patcher.engine.plugin import PatcherEndpoint
 from patcher.engine.service import PatchService
@@ -53,18 +52,6 @@ class Clocks:
 @pytest.fixture
 def clocks() -> Clocks:
     return Clocks()
-
-
-@pytest.fixture
-def weights() -> list[torch.Tensor]:
-    draw = torch.Generator().manual_seed(0)
-    return [torch.randn(8, 48, generator=draw).bfloat16() for _ in range(3)]
-
-
-@pytest.fixture
-def client(weights: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> FakeClient:
-    monkeypatch.setattr(vllm_client, "describe", lambda client: {})
-    return FakeClient(weights, RANKS)
 
 
 @pytest.fixture

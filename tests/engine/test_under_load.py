@@ -15,7 +15,7 @@ import pytest
 from patcher.client import Engine
 from patcher.engine.stack import Stack
 from patcher.patch import Patch
-from tests.engine.conftest import EAGER, answers
+from tests.engine.conftest import EAGER, answers, emptied
 from tests.engine.patches import merge, random_patch
 from tests.engine.server import Server, serving
 from tests.engine.tiny import tiny_llama
@@ -46,11 +46,9 @@ def busy(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve
 
 @pytest.fixture
 def operator(busy: Server, patch: Patch) -> Iterator[Engine]:
-    with Engine(busy.url, busy.token) as client:
-        client.revert(all=True)
+    with emptied(busy) as client:
         client.upload(patch)  # so that a change is quick
         yield client
-        client.revert(all=True)
 
 
 def post(server: Server, path: str, body: dict[str, Any]) -> httpx.Response:

@@ -70,17 +70,25 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return ready
 
 
-def save(folder: Path, family: str = "llama", dtype: torch.dtype = torch.bfloat16) -> Path:
-    """Write a random model of that family; the same one at every call."""
-    torch.manual_seed(5)
+def save(
+    folder: Path,
+    family: str = "llama",
+    dtype: torch.dtype = torch.bfloat16,
+    settings: dict[str, Any] | None = None,
+    seed: int = 5,
+) -> Path:
+    """Write a random model of that family; the same one at every call.
+
+    ``settings`` of its configuration in place of the family's here.
+    """
+    torch.manual_seed(seed)
     config = AutoConfig.for_model(
         family,
         vocab_size=VOCABULARY,
         bos_token_id=0,
         eos_token_id=0,
         pad_token_id=0,
-        initializer_range=0.2,
-        **FAMILIES[family],
+        **{"initializer_range": 0.2, **(settings or FAMILIES[family])},
     )
     maker: Any = AutoModelForCausalLM
     model = maker.from_config(config).to(dtype)
