@@ -32,17 +32,21 @@ def find_module(model: torch.nn.Module, name: str) -> torch.nn.Module | None:
     return None if inner is None else find_module(inner, name)
 
 
-def refuse_experts(model: torch.nn.Module, name: str) -> None:
-    """Raise :class:`EngineRefusedError` where ``name`` is of a mixture's experts.
+def find_experts_of(model: torch.nn.Module, name: str) -> torch.nn.Module | None:
+    """What runs the experts whose output projections are ``name``; None where that isn't of any.
 
-    vLLM fuses them into one tensor, which its CPU backend packs in a way that can't be read back.
+    All experts of a layer are one weight, ``….experts.down_proj``, as transformers has it.
+
+    Raises :class:`EngineRefusedError` where ``name`` means one expert alone.
     """
-    mixture, found, _ = f"{name}.".partition(".experts.")
-    if found and find_module(model, f"{mixture}.experts") is not None:
-        raise EngineRefusedError(
-            f"Module {name} is of a mixture of experts, whose fused weights can't be folded yet.",
-            "Patch layers of this model that are not mixtures, if it has any.",
-        )
+    mixture, found, member = f"{name}.".partition(".experts.")
+    experts = find_module(model, f"{mixture}.experts") if found else None
+    if experts is None or member == "down_proj.":
+        return experts
+    raise EngineRefusedError(
+        f"Module {name} is one of a mixture's experts, which vLLM serves fused.",
+        f"Patch all of them at once, as {mixture}.experts.down_proj.",
+    )
 
 
 def refuse_one_layer_twice(model: torch.nn.Module, names: Iterable[str]) -> None:

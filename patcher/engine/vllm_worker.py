@@ -8,47 +8,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 
-from patcher.engine.names import find_module, refuse_experts
+from patcher.engine.names import find_experts_of, find_module
+from patcher.engine.sites import Columns, Site, Staged, TensorStaged, read_product
+from patcher.engine.vllm_experts import find_experts
 from patcher.errors import EngineRefusedError
-
-_READ_ROWS = 256  # input columns read back from a pack in one product
-
-
-class Staged(Protocol):
-    """A new weight, ready beside the live one."""
-
-    def commit(self) -> None:
-        """Put it in the live one's place, and hold that."""
-
-    def undo(self) -> None:
-        """Put back what was live before :meth:`commit`, wherever that one stopped."""
-
-    def read(self) -> torch.Tensor:
-        """What is held beside the live weight now, ``[d_out, columns]``."""
-
-
-class Columns(NamedTuple):
-    """One rank's part of a target module: ``W[:, start:stop]`` of a ``[d_out, d_in]`` weight."""
-
-    start: int
-    stop: int
-    d_in: int
-
-
-class Site(Protocol):
-    """The place where one rank's part of a target module serves."""
-
-    columns: Columns
-
-    def read(self) -> torch.Tensor:
-        """The weight that truly serves, on the host, ``[d_out, stop - start]``."""
-
-    def stage(self, weight: torch.Tensor) -> Staged:
-        """Prepare ``weight`` (host, live dtype) beside the live one."""
 
 
 class _PackSite:
@@ -99,21 +66,7 @@ def _read_pack(handler: Any, dtype: torch.dtype) -> torch.Tensor:
     from vllm import _custom_ops as ops
 
     shape = (int(handler.n), int(handler.k))
-    return _read_product(lambda x: ops.onednn_mm(handler, x, None), shape, dtype)
-
-
-def _read_product(
-    product: Callable[[torch.Tensor], torch.Tensor], shape: tuple[int, int], dtype: torch.dtype
-) -> torch.Tensor:
-    """Multiply unit vectors by a pack: one term is the weight, the rest are 0, so it is exact."""
-    d_out, d_in = shape
-    out = torch.empty(d_out, d_in, dtype=dtype)
-    for start in range(0, d_in, _READ_ROWS):
-        stop = min(start + _READ_ROWS, d_in)
-        units = torch.zeros(stop - start, d_in, dtype=dtype)
-        units[:, start:stop].fill_diagonal_(1)
-        out[:, start:stop] = product(units).t()
-    return out
+    return read_product(lambda x: ops.onednn_mm(handler, x, None), shape, dtype)
 
 
 class _SmallPackSite:
@@ -134,7 +87,7 @@ class _SmallPackSite:
         """The ``[d_out, columns]`` weight inside ``packed``."""
         from vllm import _custom_ops as ops
 
-        return _read_product(
+        return read_product(
             lambda x: ops.weight_packed_linear_cpu(x, packed, self._shape[0], None),
             self._shape,
             self._dtype,
@@ -142,7 +95,7 @@ class _SmallPackSite:
 
     def stage(self, weight: torch.Tensor) -> Staged:
         pack = torch.ops._C.convert_weight_packed
-        return _TensorStaged(self._packed, pack(weight.contiguous()), self.unpack)
+        return TensorStaged(self._packed, pack(weight.contiguous()), self.unpack)
 
 
 class _TensorSite:
@@ -156,40 +109,7 @@ class _TensorSite:
         return self._weight.detach().to("cpu", copy=True)
 
     def stage(self, weight: torch.Tensor) -> Staged:
-        return _TensorStaged(self._weight.detach(), weight)
-
-
-class _TensorStaged:
-    def __init__(
-        self,
-        live: torch.Tensor,
-        weight: torch.Tensor,
-        unpack: Callable[[torch.Tensor], torch.Tensor] = torch.clone,
-    ) -> None:
-        self._live = live
-        # Host memory: the device's is vLLM's, to the last block of its KV cache.
-        self._spare = weight.pin_memory() if live.is_cuda else weight.clone()
-        self._held = torch.empty_like(self._spare, pin_memory=live.is_cuda)
-        self._holds = False
-        self._unpack = unpack
-
-    def commit(self) -> None:
-        self._held.copy_(self._live)
-        self._holds = True
-        self._write(self._spare)
-
-    def undo(self) -> None:
-        if self._holds:
-            self._write(self._held)
-            self._holds = False
-
-    def _write(self, weight: torch.Tensor) -> None:
-        self._live.copy_(weight)
-        if self._live.is_cuda:
-            torch.cuda.synchronize(self._live.device)
-
-    def read(self) -> torch.Tensor:
-        return self._unpack(self._spare)
+        return TensorStaged(self._weight.detach(), weight)
 
 
 def find_site(model: torch.nn.Module, name: str) -> Site | None:
@@ -197,11 +117,13 @@ def find_site(model: torch.nn.Module, name: str) -> Site | None:
 
     Raises :class:`EngineRefusedError` for a module that can't be folded exactly.
     """
-    refuse_experts(model, name)
-    layer: Any = find_module(model, name)
+    experts = find_experts_of(model, name)
+    layer: Any = find_module(model, name) if experts is None else experts
     layer = getattr(layer, "base_layer", layer)  # vLLM's LoRA wrapper holds the real layer
     if layer is None or type(layer).__name__ == "PPMissingLayer":
         return None
+    if experts is not None:
+        return find_experts(name, layer)
     method = type(getattr(layer, "quant_method", None)).__name__
     if method != "UnquantizedLinearMethod":
         raise EngineRefusedError(

@@ -18,7 +18,8 @@ import torch
 
 from patcher import __version__
 from patcher.engine.names import refuse_one_layer_twice
-from patcher.engine.vllm_worker import Site, Staged, find_site, fold_device, install_on_workers
+from patcher.engine.sites import Site, Staged
+from patcher.engine.vllm_worker import find_site, fold_device, install_on_workers
 from patcher.errors import EngineRefusedError, PatcherError
 from patcher.kernels import LowRank, digest, fold
 from patcher.patch import ModuleBase, Patch

@@ -39,6 +39,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi3": {**_SAME, "original_max_position_embeddings": CONTEXT},
     "qwen2": _SAME,
     "qwen3": _SAME,
+    # 48 input columns an expert: vLLM's kernel on CPU pads them to 64.
+    "qwen3_moe": {
+        **_SAME,
+        "moe_intermediate_size": 48,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+    },
 }
 #: What vLLM serves them by; OLMo by its wrapper around transformers' own classes.
 CLASSES = (
@@ -52,6 +60,7 @@ CLASSES = (
     "Phi3ForCausalLM",
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
     "TransformersForCausalLM",
 )
 
@@ -64,13 +73,20 @@ def save(
 
 
 def targets(network: Any) -> dict[str, torch.Tensor]:
-    """Name and ``[d_out, d_in]`` weight (a view) of every module that `patcher compute` edits."""
-    where = ARCHITECTURES[network.config.model_type]
+    """Name and weight (a view) of every module to be patched, one a layer.
+
+    ``[d_out, d_in]``; of a mixture ``[d_out, width, experts]``.
+    """
+    where = ARCHITECTURES.get(network.config.model_type, ARCHITECTURES["llama"])
     found = {}
-    for layer in range(len(network.get_submodule(where.layers))):
+    for layer, block in enumerate(network.get_submodule(where.layers)):
         name = f"{where.layers}.{layer}.{where.down}"
-        weight = network.get_submodule(name).weight.data
-        found[name] = weight.T if where.transposed else weight
+        if hasattr(getattr(block, "mlp", None), "experts"):
+            name = name.replace(".down_proj", ".experts.down_proj")
+            found[name] = network.get_parameter(name).data.permute(1, 2, 0)
+        else:
+            weight = network.get_submodule(name).weight.data
+            found[name] = weight.T if where.transposed else weight
     return found
 
 
@@ -78,20 +94,21 @@ def patch_on(held: Mapping[str, torch.Tensor], seed: int = 1, scale: float = 4.0
     """A random patch of those modules, the even ones multiplicative, the odd ones additive."""
     draw = np.random.default_rng(seed)
     modules, deltas = {}, {}
-    for place, (name, weight) in enumerate(held.items()):
+    for place, (name, stored) in enumerate(held.items()):
+        weight = stored.flatten(1).contiguous()
         d_out, d_in = weight.shape
         left = draw.standard_normal((d_out, RANK)).astype(np.float32)
         width = d_in if place % 2 else d_out
         right = (draw.standard_normal((RANK, width)) * scale / d_out).astype(np.float32)
         make = Delta.additive if place % 2 else Delta.multiplicative
-        modules[name], deltas[name] = module_base(weight.contiguous()), make(left, right)
+        modules[name], deltas[name] = module_base(weight), make(left, right)
     return Patch.build(random_manifest("a random edit", modules, seed), deltas)
 
 
 def fold_into(held: Mapping[str, torch.Tensor], patch: Patch) -> None:
     """Write what the patch makes of the weights into them, by arithmetic of its own."""
     for name, delta in patch.deltas.items():
-        weight = held[name].double()
+        weight = held[name].flatten(1).double()
         product = torch.tensor(delta.left).double() @ torch.tensor(delta.right).double()
         folded = weight + (product @ weight if delta.kind == "multiplicative" else product)
-        held[name].copy_(folded)
+        held[name].copy_(folded.view(held[name].shape))

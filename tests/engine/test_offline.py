@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 import patcher
 from patcher.errors import EngineRefusedError
 from patcher.kernels import digest
+from tests.engine import families
 from tests.engine.llms import LONG, TOKENS
 from tests.engine.offline_files import Files
-from tests.engine.patches import weights
 from tests.engine.scripts import run_script
 
 pytestmark = pytest.mark.engine
@@ -106,23 +109,37 @@ def test_it_works_where_a_loop_runs_and_keeps_no_llm_alive(
 
 
 @pytest.fixture(scope="module")
-def parallel(files: Files) -> dict[str, Any]:
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str, torch.Tensor]]:
+    """A model of a dense layer and one of experts, a patch of both, and what it makes of them."""
+    folder = tmp_path_factory.mktemp("mixture")
+    model = families.save(folder / "model", "qwen3_moe", mlp_only_layers=[0])
+    maker: Any = AutoModelForCausalLM
+    held = families.targets(maker.from_pretrained(model))
+    patch = families.patch_on(held)
+    patch.write(folder / "patch.st")
+    families.fold_into(held, patch)
+    return model, folder / "patch.st", {name: weight.flatten(1) for name, weight in held.items()}
+
+
+@pytest.fixture(scope="module")
+def parallel(mixture: tuple[Path, Path, dict[str, torch.Tensor]]) -> dict[str, Any]:
     """vLLM's default: the core in a process of its own, here over two ranks."""
-    return run_script(
-        "offline_parallel_script", files.model, files.patch_file, VLLM_PLUGINS="patcher"
-    )
+    model, patch, _ = mixture
+    return run_script("offline_parallel_script", model, patch, VLLM_PLUGINS="patcher")
 
 
-def test_two_ranks_in_other_processes(parallel: dict[str, Any], files: Files) -> None:
+def test_two_ranks_in_other_processes(
+    parallel: dict[str, Any], mixture: tuple[Path, Path, dict[str, torch.Tensor]]
+) -> None:
     assert parallel["patched"] != parallel["base"]
     assert parallel["patched after"] == parallel["patched"]
     assert parallel["reverted"] == parallel["base"]
     assert parallel["after with"] == parallel["base"]
     assert parallel["verified"]["ok"]
-    merged = weights(files.merged)
     for rank, verdict in enumerate(parallel["verified"]["ranks"]):
+        assert verdict["modules"].keys() == mixture[2].keys()
         for name, module in verdict["modules"].items():
-            shard = merged[f"{name}.weight"].chunk(2, dim=1)[rank]
+            shard = mixture[2][name].chunk(2, dim=1)[rank]
             assert module["digest"] == digest(shard), (rank, name)
 
 

@@ -1,0 +1,95 @@
+"""Where a rank's part of a target module serves, and a new weight ready beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+
+_READ_ROWS = 256  # input columns read back from a pack in one product
+
+
+class Staged(Protocol):
+    """A new weight, ready beside the live one."""
+
+    def commit(self) -> None:
+        """Put it in the live one's place, and hold that."""
+
+    def undo(self) -> None:
+        """Put back what was live before :meth:`commit`, wherever that one stopped."""
+
+    def read(self) -> torch.Tensor:
+        """What is held beside the live weight now, ``[d_out, columns]``."""
+
+
+class Columns(NamedTuple):
+    """One rank's part of a target module: ``W[:, start:stop]`` of a ``[d_out, d_in]`` weight."""
+
+    start: int
+    stop: int
+    d_in: int
+
+
+class Site(Protocol):
+    """The place where one rank's part of a target module serves."""
+
+    columns: Columns
+
+    def read(self) -> torch.Tensor:
+        """The weight that truly serves, on the host, ``[d_out, stop - start]``."""
+
+    def stage(self, weight: torch.Tensor) -> Staged:
+        """Prepare ``weight`` (host, live dtype) beside the live one."""
+
+
+def read_product(
+    product: Callable[[torch.Tensor], torch.Tensor], shape: tuple[int, int], dtype: torch.dtype
+) -> torch.Tensor:
+    """Multiply unit vectors by a pack: one term is the weight, the rest are 0, so it is exact."""
+    d_out, d_in = shape
+    out = torch.empty(d_out, d_in, dtype=dtype)
+    for start in range(0, d_in, _READ_ROWS):
+        stop = min(start + _READ_ROWS, d_in)
+        units = torch.zeros(stop - start, d_in, dtype=dtype)
+        units[:, start:stop].fill_diagonal_(1)
+        out[:, start:stop] = product(units).t()
+    return out
+
+
+class TensorStaged:
+    """A weight to be copied into a live tensor; ``unpack`` gives the matrix that either holds."""
+
+    def __init__(
+        self,
+        live: torch.Tensor,
+        weight: torch.Tensor,
+        unpack: Callable[[torch.Tensor], torch.Tensor] = torch.clone,
+    ) -> None:
+        self._live = live
+        # Host memory: the device's is vLLM's, to the last block of its KV cache.
+        self._spare = weight.pin_memory() if live.is_cuda else weight.clone()
+        self._held = torch.empty_like(self._spare, pin_memory=live.is_cuda)
+        self._holds = False
+        self._unpack = unpack
+
+    def commit(self) -> None:
+        """Keep the live values on the host, and write the new ones."""
+        self._held.copy_(self._live)
+        self._holds = True
+        self._write(self._spare)
+
+    def undo(self) -> None:
+        """Write the values of before."""
+        if self._holds:
+            self._write(self._held)
+            self._holds = False
+
+    def _write(self, weight: torch.Tensor) -> None:
+        self._live.copy_(weight)
+        if self._live.is_cuda:
+            torch.cuda.synchronize(self._live.device)
+
+    def read(self) -> torch.Tensor:
+        """The new weight, ``[d_out, columns]``."""
+        return self._unpack(self._spare)
