@@ -1,8 +1,8 @@
 """The arithmetic of patches on tensors: torch alone, on any device.
 
 ``fold`` gives the weights that a stack of deltas makes of a base, ``compose``
-turns several deltas into one, ``digest`` names a tensor's bits. Nothing here
-reads a file, knows a model or holds state.
+turns several deltas into one, ``overlay`` puts one on a module's output, ``digest`` names a
+tensor's bits. Nothing here reads a file, knows a model or holds state.
 """
 
 from __future__ import annotations
@@ -10,5 +10,15 @@ from __future__ import annotations
 from .compose import compose
 from .digest import column_blocks, column_digests, digest
 from .fold import LowRank, fold
+from .overlay import factors, overlay
 
-__all__ = ["LowRank", "column_blocks", "column_digests", "compose", "digest", "fold"]
+__all__ = [
+    "LowRank",
+    "column_blocks",
+    "column_digests",
+    "compose",
+    "digest",
+    "factors",
+    "fold",
+    "overlay",
+]

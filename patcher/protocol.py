@@ -53,7 +53,10 @@ class Process(TypedDict):
 
 
 class Status(TypedDict):
-    """``base``: module -> digest of its pristine weights; ``stack``: ids, the bottom first."""
+    """``base``: module -> digest of its pristine weights; ``stack``: ids, the bottom first.
+
+    ``overlaid``: the quantised modules, whose patches cost something at every token.
+    """
 
     engine: EngineInfo
     base: dict[str, str]
@@ -61,6 +64,7 @@ class Status(TypedDict):
     weight_version: str
     patches: list[PatchInForce]
     modules: dict[str, list[str]]
+    overlaid: list[str]
     processes: list[Process]
 
 

@@ -12,7 +12,7 @@ import os
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
-from patcher.engine.settings import PLUGIN, Settings, asked_for, disabled
+from patcher.engine.settings import PLUGIN, Settings, asked_for, disabled, overlay_rank
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -27,10 +27,11 @@ def register() -> None:
     """Give every vLLM worker patcher's calls; nothing where patcher isn't asked for."""
     if not asked_for() or disabled():
         return
-    from patcher.engine import vllm_core, worker
+    from patcher.engine import vllm_core, vllm_overlay, worker
 
     worker.install()
     vllm_core.install()
+    vllm_overlay.install(overlay_rank())
 
 
 class PatcherEndpoint:

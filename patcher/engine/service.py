@@ -105,6 +105,7 @@ class PatchService:
             "weight_version": stack.version,
             "patches": self._patches_in_force(manifests),
             "modules": {name: list(ids) for name, ids in modules.items()},
+            "overlaid": sorted({name for rank in ranks for name in rank["overlaid"]}),
             "processes": [
                 {"engine": r["engine"], "rank": r["rank"], "pid": r["pid"], "plugin": r["version"]}
                 for r in ranks

@@ -12,6 +12,7 @@ from patcher.engine.spacing import DEFAULT_LONGEST, LONGEST
 from patcher.errors import UsageError
 
 PLUGIN = "patcher"  # the entry points' name, as VLLM_PLUGINS names it
+DEFAULT_OVERLAY_RANK = 64
 _TRUE = {"1", "true", "yes", "on"}
 
 
@@ -35,7 +36,8 @@ class Settings:
     ``PATCHER_NO_RESTORE=1`` (this start leaves the committed stack out) and
     ``PATCHER_DISABLE=1`` (nothing of patcher runs but the record that it was disabled).
     ``PATCHER_SPACING``: seconds that a change waits at most for requests that the one before
-    had recomputed (:mod:`patcher.engine.spacing`); 0 turns that off.
+    had recomputed (:mod:`patcher.engine.spacing`); 0 turns that off. ``PATCHER_OVERLAY_RANK``:
+    what quantised modules are loaded with room for (:mod:`patcher.engine.vllm_overlay`).
     """
 
     state: Path
@@ -50,6 +52,7 @@ class Settings:
         given = environment.get("PATCHER_STATE")
         state = Path(given).expanduser() if given else default_state(model, environment)
         token = environment.get("PATCHER_TOKEN_FILE")
+        overlay_rank(environment)  # the workers' processes would only log what is wrong with it
         return cls(
             state=state,
             token_file=Path(token).expanduser() if token else state / "token",
@@ -71,6 +74,16 @@ def _seconds(name: str, environment: Mapping[str, str], default: float, longest:
             f"{name} is {given!r}.", f"Give seconds from 0 to {longest:.0f}, or leave it out."
         )
     return seconds
+
+
+def overlay_rank(environment: Mapping[str, str] = os.environ) -> int:
+    """The rank that a quantised module has room for; raises :class:`UsageError`."""
+    given = environment.get("PATCHER_OVERLAY_RANK") or str(DEFAULT_OVERLAY_RANK)
+    if not re.fullmatch(r"\d{1,5}", given):
+        raise UsageError(
+            f"PATCHER_OVERLAY_RANK is {given!r}.", "Give a number, 0 for none, or leave it out."
+        )
+    return int(given)
 
 
 def is_set(name: str, environment: Mapping[str, str] = os.environ) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
+
+from patcher.kernels import LowRank, fold
 
 _READ_ROWS = 256  # input columns read back from a pack in one product
 
@@ -36,11 +38,48 @@ class Site(Protocol):
 
     columns: Columns
 
+    def base(self) -> torch.Tensor:
+        """The weight that serves where nothing was patched yet, ``[d_out, stop - start]``."""
+
+    def made(self, base: torch.Tensor, deltas: Sequence[LowRank]) -> torch.Tensor:
+        """What is to serve under ``deltas``, in the form of :meth:`read`.
+
+        Raises :class:`EngineRefusedError` for deltas that can't act here.
+        """
+
     def read(self) -> torch.Tensor:
-        """The weight that truly serves, on the host, ``[d_out, stop - start]``."""
+        """What truly serves, on the host: the weight, and what else acts on the output."""
 
     def stage(self, weight: torch.Tensor) -> Staged:
-        """Prepare ``weight`` (host, live dtype) beside the live one."""
+        """Prepare ``weight`` (host, live dtype, as :meth:`made`) beside the live one."""
+
+
+class Folded:
+    """What the sites have in common whose patches are folded into the weight."""
+
+    device = torch.device("cpu")  # where folding is quickest: where the weight is
+
+    def read(self) -> torch.Tensor:
+        """As in :class:`Site`."""
+        raise NotImplementedError
+
+    def base(self) -> torch.Tensor:
+        """The live weight."""
+        return self.read()
+
+    def made(self, base: torch.Tensor, deltas: Sequence[LowRank], tile: int = 1024) -> torch.Tensor:
+        """The fold, on the device a tile of columns at a time."""
+        if self.device.type == "cpu":
+            return fold(base, deltas)
+        out = torch.empty_like(base)
+        moved = [LowRank(d.kind, *(part.to(self.device) for part in d[1:])) for d in deltas]
+        for start in range(0, base.shape[1], tile):
+            stop = min(start + tile, base.shape[1])
+            part = fold(
+                base[:, start:stop].to(self.device), [d.columns(start, stop) for d in moved]
+            )
+            out[:, start:stop] = part.cpu()
+        return out
 
 
 def read_product(

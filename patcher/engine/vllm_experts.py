@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import pad
 
-from patcher.engine.sites import Columns, Site, Staged, TensorStaged
+from patcher.engine.sites import Columns, Folded, Site, Staged, TensorStaged
 from patcher.errors import EngineRefusedError
 
 # They compute on the tensor as it was loaded; others shuffle it (oracle/unquantized.py).
@@ -32,7 +32,7 @@ class _Shape(NamedTuple):
     width: int  # input columns of one expert
 
 
-class _ExpertsSite:
+class _ExpertsSite(Folded):
     """The experts' tensor ``[experts, d_out, width]``, plain or as the CPU's kernel packs it."""
 
     def __init__(
@@ -44,6 +44,7 @@ class _ExpertsSite:
         unpack: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
         self.columns = columns
+        self.device = live.device
         self._shape = shape
         self._live = live
         self._pack = pack

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 
 from patcher.engine.names import find_experts_of, find_module
-from patcher.engine.sites import Columns, Site, Staged, TensorStaged, read_product
+from patcher.engine.sites import Columns, Folded, Site, Staged, TensorStaged, read_product
 from patcher.engine.vllm_experts import find_experts
+from patcher.engine.vllm_overlay import find_overlay
 from patcher.errors import EngineRefusedError
 
 
-class _PackSite:
+class _PackSite(Folded):
     """CPU: the weight is packed inside a oneDNN handler and ``layer.weight`` is empty."""
 
     def __init__(self, columns: Columns, handler: Any, dtype: torch.dtype) -> None:
@@ -69,7 +70,7 @@ def _read_pack(handler: Any, dtype: torch.dtype) -> torch.Tensor:
     return read_product(lambda x: ops.onednn_mm(handler, x, None), shape, dtype)
 
 
-class _SmallPackSite:
+class _SmallPackSite(Folded):
     """CPU with AMX, weights up to 1 MiB: packed into a tensor that the layer's closure holds."""
 
     def __init__(
@@ -98,11 +99,12 @@ class _SmallPackSite:
         return TensorStaged(self._packed, pack(weight.contiguous()), self.unpack)
 
 
-class _TensorSite:
+class _TensorSite(Folded):
     """CUDA, or CPU without a pack: the parameter itself serves and is written in place."""
 
     def __init__(self, columns: Columns, weight: torch.Tensor) -> None:
         self.columns = columns
+        self.device = weight.device
         self._weight = weight
 
     def read(self) -> torch.Tensor:
@@ -124,25 +126,32 @@ def find_site(model: torch.nn.Module, name: str) -> Site | None:
         return None
     if experts is not None:
         return find_experts(name, layer)
-    method = type(getattr(layer, "quant_method", None)).__name__
-    if method != "UnquantizedLinearMethod":
-        raise EngineRefusedError(
-            f"Module {name} is served by {method}, whose weights can't be folded exactly.",
-            "Serve the model unquantised.",
-        )
     if int(getattr(layer, "tp_size", 1)) > 1 and not hasattr(layer, "input_size_per_partition"):
         raise EngineRefusedError(
             f"Module {name} is not split by its input dimension under tensor parallelism.",
             "Serve with --tensor-parallel-size 1.",
         )
-    return _site_of(name, layer)
+    method = type(getattr(layer, "quant_method", None)).__name__
+    if method == "UnquantizedLinearMethod":
+        return _site_of(name, layer, _columns_of(layer))
+    overlay = find_overlay(name, layer, _columns_of(layer))
+    if overlay is None:
+        raise EngineRefusedError(
+            f"Module {name} is served by {method}, whose weights can't be folded exactly,"
+            " and was loaded without room for an overlay.",
+            "Patch an MLP output projection, with PATCHER_OVERLAY_RANK not 0 at the start.",
+        )
+    return overlay
 
 
-def _site_of(name: str, layer: Any) -> Site:
+def _columns_of(layer: Any) -> Columns:
     d_in = int(layer.input_size)
     width = int(getattr(layer, "input_size_per_partition", d_in))
     start = width * int(getattr(layer, "tp_rank", 0)) if width != d_in else 0
-    columns = Columns(start, start + width, d_in)
+    return Columns(start, start + width, d_in)
+
+
+def _site_of(name: str, layer: Any, columns: Columns) -> Site:
     serve = getattr(layer, "cpu_linear", None)
     handler = _closed_over(serve, "handler")
     if handler is not None and hasattr(handler, "handler_tensor"):
@@ -162,11 +171,6 @@ def _closed_over(function: Callable[..., Any] | None, name: str) -> Any:
     if not inspect.isfunction(function):
         return None
     return inspect.getclosurevars(function).nonlocals.get(name)
-
-
-def fold_device(model: torch.nn.Module) -> torch.device:
-    """Where folding is quickest: the device that the model is on."""
-    return next((p.device for p in model.parameters() if p.numel()), torch.device("cpu"))
 
 
 def install_on_workers(methods: Iterable[Callable[..., Any]]) -> None:

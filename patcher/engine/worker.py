@@ -19,9 +19,10 @@ import torch
 from patcher import __version__
 from patcher.engine.names import refuse_one_layer_twice
 from patcher.engine.sites import Site, Staged
-from patcher.engine.vllm_worker import find_site, fold_device, install_on_workers
-from patcher.errors import EngineRefusedError, PatcherError
-from patcher.kernels import LowRank, digest, fold
+from patcher.engine.vllm_overlay import is_overlay
+from patcher.engine.vllm_worker import find_site, install_on_workers
+from patcher.errors import BaseMismatchError, EngineRefusedError, PatcherError
+from patcher.kernels import digest
 from patcher.patch import ModuleBase, Patch
 from patcher.patch.fingerprint import check_module
 
@@ -77,12 +78,12 @@ class RankState:
         site = find_site(self.model, name)
         if site is None:
             return False
-        base = self.bases[name] if name in self.bases else site.read()
+        base = self.bases[name] if name in self.bases else site.base()
         for patch_id in change.stack:
             modules = self.patches[patch_id].manifest.base.modules
             if name in modules:
                 _check_base(name, modules[name], base, site)
-        weight = self.folded(name, base, change.stack, site)
+        weight = self.made(name, base, change.stack, site)
         if not bool(torch.isfinite(weight).all()):
             raise EngineRefusedError(
                 f"The folded weight of {name} is not finite.",
@@ -96,7 +97,7 @@ class RankState:
         change.staged[name] = staged
         return True
 
-    def folded(
+    def made(
         self, name: str, base: torch.Tensor, stack: tuple[str, ...], site: Site
     ) -> torch.Tensor:
         """What ``stack`` makes of this rank's columns of module ``name``."""
@@ -106,7 +107,7 @@ class RankState:
             for i in stack
             if name in self.patches[i].deltas
         ]
-        return _fold_on(fold_device(self.model), base, deltas)
+        return site.made(base, deltas)
 
     def commit(self, change_id: str) -> None:
         """Put every staged weight in force."""
@@ -142,6 +143,10 @@ class RankState:
         self.bases = {n: base for n, base in self.bases.items() if n in patched}
         self.live = {n: found for n, found in self.live.items() if n in patched}
 
+    def overlaid(self) -> list[str]:
+        """The patched modules whose patches act on their output, at every token."""
+        return [n for n in sorted(self.live) if is_overlay(find_site(self.model, n))]
+
     def check(self, name: str) -> Reply:
         """The live weight's digest: is it what was put there, or else the base again?"""
         site = find_site(self.model, name)
@@ -158,33 +163,25 @@ class RankState:
         if site is None:
             return None
         live = site.read()
-        base = self.bases.get(name, live)
+        base = self.bases[name] if name in self.bases else site.base()
         try:
             _check_base(name, expected, base, site)
         except PatcherError:
             return {"ok": False, "digest": digest(live)}
-        must = self.folded(name, base, self.stack, site)
+        must = self.made(name, base, self.stack, site)
         return {"ok": digest(must) == digest(live), "digest": digest(live)}
 
 
 def _check_base(name: str, expected: ModuleBase, weight: torch.Tensor, site: Site) -> None:
     columns = site.columns
-    check_module(name, expected, weight, columns.start, columns.stop)
-
-
-def _fold_on(
-    device: torch.device, base: torch.Tensor, deltas: list[LowRank], tile: int = 1024
-) -> torch.Tensor:
-    """Fold a host tensor on ``device``, a tile of columns at a time."""
-    if device.type == "cpu":
-        return fold(base, deltas)
-    out = torch.empty_like(base)
-    moved = [LowRank(d.kind, d.left.to(device), d.right.to(device)) for d in deltas]
-    for start in range(0, base.shape[1], tile):
-        stop = min(start + tile, base.shape[1])
-        part = fold(base[:, start:stop].to(device), [d.columns(start, stop) for d in moved])
-        out[:, start:stop] = part.cpu()
-    return out
+    try:
+        check_module(name, expected, weight, columns.start, columns.stop)
+    except BaseMismatchError as error:
+        if not is_overlay(site):
+            raise
+        raise BaseMismatchError(
+            error.message, "It is quantised: compute the patch on this very checkpoint."
+        ) from None
 
 
 # -- the calls -----------------------------------------------------------------------------------
@@ -222,8 +219,13 @@ def _answers(
 def patcher_probe(worker: Any, state: RankState) -> Reply:
     """Which patcher this rank runs, and what it holds."""
     change = state.change.id if state.change else None
-    held = sorted(state.patches)
-    return {"version": __version__, "stack": list(state.stack), "held": held, "change": change}
+    return {
+        "version": __version__,
+        "stack": list(state.stack),
+        "held": sorted(state.patches),
+        "change": change,
+        "overlaid": state.overlaid(),
+    }
 
 
 @_answers

@@ -261,11 +261,7 @@ def _config(name: str) -> Any:
 
 
 def _architecture(config: Any) -> Architecture:
-    if getattr(config, "quantization_config", None):
-        raise ModelError(
-            "The checkpoint is quantised; edits are computed on bf16, fp16 or fp32 weights.",
-            "Give the checkpoint that it was quantised from.",
-        )
+    _dequantise(config)
     found = ARCHITECTURES.get(config.model_type)
     if found is None:
         raise ModelError(
@@ -273,6 +269,24 @@ def _architecture(config: Any) -> Architecture:
             f"Supported are {', '.join(sorted(ARCHITECTURES))}.",
         )
     return found
+
+
+def _dequantise(config: Any) -> None:
+    """Have a checkpoint whose weights alone are quantised loaded as what they stand for.
+
+    Engines that serve such weights take a patch of those on the modules' outputs.
+    """
+    given = getattr(config, "quantization_config", None)
+    if not given:
+        return
+    rounds = [group.get("input_activations") for group in given.get("config_groups", {}).values()]
+    if given.get("quant_method") != "compressed-tensors" or any(rounds):
+        raise ModelError(
+            "The checkpoint is quantised in a way that its weights can't be told from.",
+            "Give the checkpoint that it was quantised from, or one in compressed-tensors' format"
+            " whose weights alone are quantised.",
+        )
+    given["dequantize"] = True
 
 
 def _served(config: Any) -> torch.dtype:

@@ -189,7 +189,7 @@ def test_a_weight_that_fails_half_way_is_put_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     commits = 0
-    plain = vllm_worker._TensorStaged._write
+    plain = vllm_worker.TensorStaged._write
 
     def write(self: Any, weight: torch.Tensor) -> None:
         nonlocal commits
@@ -198,7 +198,7 @@ def test_a_weight_that_fails_half_way_is_put_back(
         if commits == 2:
             raise RuntimeError("device lost")
 
-    monkeypatch.setattr(vllm_worker._TensorStaged, "_write", write)
+    monkeypatch.setattr(vllm_worker.TensorStaged, "_write", write)
     with pytest.raises(EngineRefusedError, match="device lost"):
         put(service, make(weights, 1))
     assert same(client.live(), weights)
@@ -296,7 +296,7 @@ def test_a_rank_without_memory_says_which_it_is(
     def fold_fails(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("patcher.engine.worker._fold_on", fold_fails)
+    monkeypatch.setattr("patcher.engine.sites.fold", fold_fails)
     with pytest.raises(EngineRefusedError, match=r"Rank 0: This rank ran out of memory") as caught:
         put(service, make(weights, 1))
     assert "Free memory" in caught.value.cure

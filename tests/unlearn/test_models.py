@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.quantise import quantise
 from patcher.errors import ForgetSetError, ModelError, UsageError
 from patcher.kernels import LowRank
 from patcher.patch import module_base
@@ -167,3 +168,29 @@ def test_facts_that_can_not_be_encoded_are_named_by_line(tiny_model: Model) -> N
     chat = Fact("x", messages=({"role": "user", "content": "Hi"},), line=9)
     with pytest.raises(ForgetSetError, match=r"line 7: .* takes 256; line 9: .*no chat template"):
         encode_facts(silent, [long, chat], 256)
+
+
+# torch's own, when compressed-tensors is imported
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
+def test_a_checkpoint_whose_weights_alone_are_quantised_is_what_they_stand_for(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    quantise(tiny_folder, tmp_path / "quantised", tmp_path / "plain")
+    quantised, plain = load(tmp_path / "quantised"), load(tmp_path / "plain")
+    for layer in range(plain.layers):
+        name = plain.module_name(layer)
+        assert torch.equal(quantised.weight(name), plain.weight(name))
+    assert quantised.dtype == plain.dtype
+
+
+def test_a_checkpoint_that_rounds_activations_too_is_refused(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "rounding"
+    shutil.copytree(tiny_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    group = {"weights": {"num_bits": 8}, "input_activations": {"num_bits": 8}}
+    told = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": told}))
+    with pytest.raises(ModelError, match="can't be told"):
+        load(folder)
