@@ -108,6 +108,9 @@ def _print_status(answer: Status) -> None:
             ("in force", f"{len(answer['stack'])} patch(es)"),
         ]
     )
+    if answer.get("overlaid"):
+        count = len(answer["overlaid"])
+        note(f"{count} of the modules are quantised: their patches cost time at every token.")
     if not answer["stack"]:
         return
     click.echo()
