@@ -65,6 +65,7 @@ class FakeEngine:
         self.plugin: str | None = "0.1.0"
         self.world_size = 1
         self.state = "ready"
+        self.overlaid: list[str] = []
         self.url = ""
 
     def answer(self, request: Request) -> Reply:
@@ -92,6 +93,7 @@ class FakeEngine:
                 "weight_version": version_of(self.stack),
                 "patches": [self._in_force(one) for one in self.stack],
                 "modules": modules,
+                "overlaid": self.overlaid,
                 "processes": [{"engine": 0, "rank": 0, "pid": 4711, "plugin": self.plugin}],
             }
         )

@@ -149,6 +149,13 @@ def test_status_tells_per_patch_and_per_module_and_since_when(fake: FakeEngine) 
     assert any(line.startswith(MODULE) and newest_first in line for line in lines)
 
 
+def test_status_says_which_patches_cost_time_at_every_token(fake: FakeEngine) -> None:
+    assert "quantised" not in run_on(fake, "status").stderr
+    fake.overlaid = [MODULE]
+    assert document(run_on(fake, "status", "--json"))["overlaid"] == [MODULE]
+    assert "1 of the modules are quantised" in run_on(fake, "status").stderr
+
+
 def test_status_of_the_base_is_short(fake: FakeEngine) -> None:
     result = run_on(fake, "status")
     assert "0 patch(es)" in result.stdout
