@@ -10,7 +10,7 @@ from patcher.errors import PatcherError
 from tests.engine.families import CONTEXT
 
 TOKENS = 16  # of an answer
-LONG = 200  # of one that a change meets under way
+LONG = 350  # of one that a change meets under way; with its prompt it fills the context
 #: Token ids; the first two share more than a block of the prefix cache (128 tokens on CPU).
 PROMPTS = [[*range(20, 160), 7], [*range(20, 160), 9, 11], [200, 31, 8]]
 
