@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,29 +83,54 @@ def serving(model: Path, folder: Path, *options: str, **environment: str) -> Ite
 def random_patches(model: Path, count: int, seed: int, scale: float = 8.0) -> list[Patch]:
     """Edits without meaning that change what is said, each on two neighbouring layers."""
     draw = np.random.default_rng(seed)
+    layers = layer_count(model)
+    return [
+        random_patch(
+            model,
+            {(2 * number) % layers, (2 * number + 1) % layers},
+            draw,
+            title=f"random edit {number}",
+            scale=scale,
+        )
+        for number in range(count)
+    ]
+
+
+def random_patch(
+    model: Path,
+    layers: Iterable[int],
+    draw: np.random.Generator,
+    *,
+    title: str = "random edit",
+    rank: int = 4,
+    scale: float = 8.0,
+) -> Patch:
+    """An edit without meaning on the down projections of ``layers``."""
+    modules, deltas = {}, {}
     with safe_open(model / "model.safetensors", "pt") as held:
-        layers = sum(name.endswith("mlp.down_proj.weight") for name in held.keys())  # noqa: SIM118
-        patches = []
-        for number in range(count):
-            modules, deltas = {}, {}
-            for layer in {(2 * number) % layers, (2 * number + 1) % layers}:
-                name = f"model.layers.{layer}.mlp.down_proj"
-                weight = held.get_tensor(f"{name}.weight")
-                d_out = weight.shape[0]
-                left = draw.standard_normal((d_out, 4)).astype(np.float32)
-                right = (draw.standard_normal((4, d_out)) * scale / d_out).astype(np.float32)
-                modules[name] = module_base(weight)
-                deltas[name] = Delta.multiplicative(left, right)
-            manifest = Manifest(
-                title=f"random edit {number}",
-                created="2026-11-24T00:00:00Z",
-                tool="bench",
-                base=Base(model="m", architecture="LlamaForCausalLM", modules=modules),
-                method=Method(name="random", hyperparameters={"seed": seed}),
-                requests=Requests(count=1, commitment="0" * 64),
-            )
-            patches.append(Patch.build(manifest, deltas))
-    return patches
+        for layer in layers:
+            name = f"model.layers.{layer}.mlp.down_proj"
+            weight = held.get_tensor(f"{name}.weight")
+            d_out = weight.shape[0]
+            left = draw.standard_normal((d_out, rank)).astype(np.float32)
+            right = (draw.standard_normal((rank, d_out)) * scale / d_out).astype(np.float32)
+            modules[name] = module_base(weight)
+            deltas[name] = Delta.multiplicative(left, right)
+    manifest = Manifest(
+        title=title,
+        created="2026-11-24T00:00:00Z",
+        tool="bench",
+        base=Base(model="m", architecture="LlamaForCausalLM", modules=modules),
+        method=Method(name="random", hyperparameters={"rank": rank}),
+        requests=Requests(count=1, commitment="0" * 64),
+    )
+    return Patch.build(manifest, deltas)
+
+
+def layer_count(model: Path) -> int:
+    with safe_open(model / "model.safetensors", "pt") as held:
+        names = held.keys()
+    return sum(name.endswith("mlp.down_proj.weight") for name in names)
 
 
 def tokenised(client: httpx.Client, text: str) -> list[int]:

@@ -22,15 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from load import MODEL, REPOSITORY
+from load import MODEL, REPOSITORY, layer_count, random_patch
 from quantise import quantise
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from patcher.patch import Base, Delta, Manifest, Method, Patch, Requests, module_base
-
-TARGET = "mlp.down_proj.weight"
 PARTS = ("without patcher", "overlaid", "LoRA")
 
 
@@ -63,27 +59,18 @@ def main() -> None:
 def prepare(model: Path, folder: Path, rank: int) -> None:
     """The quantised checkpoint, a random patch on it, and the adapter that is the same delta."""
     quantise(model, folder / "quantised", folder / "plain")
+    plain = folder / "plain"
     draw = np.random.default_rng(0)
-    modules, deltas, adapter = {}, {}, {}
-    with safe_open(folder / "plain" / "model.safetensors", "pt") as held:
-        for key in sorted(k for k in held.keys() if k.endswith(TARGET)):  # noqa: SIM118
-            weight, name = held.get_tensor(key), key.removesuffix(".weight")
-            left = draw.standard_normal((weight.shape[0], rank)).astype(np.float32)
-            right = draw.standard_normal((rank, weight.shape[0])).astype(np.float32) * 1e-4
-            modules[name], deltas[name] = module_base(weight), Delta.multiplicative(left, right)
+    patch = random_patch(plain, range(layer_count(plain)), draw, rank=rank, scale=0.1)
+    patch.write(folder / "patch.st")
+    adapter = {}
+    with safe_open(plain / "model.safetensors", "pt") as held:
+        for name, delta in patch.deltas.items():
+            weight = held.get_tensor(f"{name}.weight")
+            left, right = delta.to_torch()[1:]
             prefix = f"base_model.model.{name}"
-            adapter[f"{prefix}.lora_B.weight"] = torch.from_numpy(left).to(weight.dtype)
-            product = torch.from_numpy(right) @ weight.float()
-            adapter[f"{prefix}.lora_A.weight"] = product.to(weight.dtype)
-    manifest = Manifest(
-        title="random",
-        created="2026-11-25T00:00:00Z",
-        tool="bench/overlay.py",
-        base=Base(model=model.name, architecture="LlamaForCausalLM", modules=modules),
-        method=Method(name="random", hyperparameters={}),
-        requests=Requests(count=1, commitment="0" * 64),
-    )
-    Patch.build(manifest, deltas).write(folder / "patch.st")
+            adapter[f"{prefix}.lora_A.weight"] = (right @ weight.float()).to(weight.dtype)
+            adapter[f"{prefix}.lora_B.weight"] = left.to(weight.dtype)
     (folder / "adapter").mkdir()
     save_file(adapter, folder / "adapter" / "adapter_model.safetensors", {"format": "pt"})
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": ["down_proj"]}
