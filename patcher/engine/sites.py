@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -54,14 +55,14 @@ class Site(Protocol):
         """Prepare ``weight`` (host, live dtype, as :meth:`made`) beside the live one."""
 
 
-class Folded:
+class Folded(ABC):
     """What the sites have in common whose patches are folded into the weight."""
 
     device = torch.device("cpu")  # where folding is quickest: where the weight is
 
+    @abstractmethod
     def read(self) -> torch.Tensor:
         """As in :class:`Site`."""
-        raise NotImplementedError
 
     def base(self) -> torch.Tensor:
         """The live weight."""

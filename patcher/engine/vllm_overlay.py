@@ -119,9 +119,9 @@ def attach(model: torch.nn.Module, rank: int, dtype: torch.dtype) -> int:
 
 
 def _quantised(layer: Any) -> bool:
-    method = type(getattr(layer, "quant_method", None)).__name__
+    method = getattr(layer, "quant_method", None)
     splits = hasattr(layer, "input_size_per_partition") and hasattr(layer, "output_size")
-    return splits and method not in ("NoneType", "UnquantizedLinearMethod")
+    return splits and method is not None and type(method).__name__ != "UnquantizedLinearMethod"
 
 
 def install(rank: int) -> None:
@@ -146,5 +146,6 @@ def install(rank: int) -> None:
                 logger.info("patcher: %d quantised modules with overlays of rank %d", count, rank)
         return model
 
-    load_model.patcher_rank = rank  # type: ignore[attr-defined]
-    BaseModelLoader.load_model = load_model
+    attaching: Any = load_model
+    attaching.patcher_rank = rank
+    BaseModelLoader.load_model = attaching

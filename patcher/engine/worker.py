@@ -52,6 +52,7 @@ class RankState:
         self.bases: dict[str, torch.Tensor] = {}  # host copies, of patched modules only
         self.stack: tuple[str, ...] = ()
         self.live: dict[str, str] = {}  # digests of what was put in force, of patched modules
+        self.overlaid: set[str] = set()  # modules whose patches act on their output
         self.change: _Change | None = None
 
     def begin(self, change_id: str, stack: tuple[str, ...]) -> None:
@@ -95,6 +96,8 @@ class RankState:
             raise EngineRefusedError(f"What was staged for {name} reads back differently.")
         change.bases[name] = base
         change.staged[name] = staged
+        if is_overlay(site):
+            self.overlaid.add(name)
         return True
 
     def made(
@@ -142,10 +145,6 @@ class RankState:
         patched = {n for p in self.patches.values() for n in p.deltas}
         self.bases = {n: base for n, base in self.bases.items() if n in patched}
         self.live = {n: found for n, found in self.live.items() if n in patched}
-
-    def overlaid(self) -> list[str]:
-        """The patched modules whose patches act on their output, at every token."""
-        return [n for n in sorted(self.live) if is_overlay(find_site(self.model, n))]
 
     def check(self, name: str) -> Reply:
         """The live weight's digest: is it what was put there, or else the base again?"""
@@ -224,7 +223,7 @@ def patcher_probe(worker: Any, state: RankState) -> Reply:
         "stack": list(state.stack),
         "held": sorted(state.patches),
         "change": change,
-        "overlaid": state.overlaid(),
+        "overlaid": sorted(state.overlaid & state.live.keys()),
     }
 
 
