@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from prometheus_client import Counter, Gauge, Histogram
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 180)
+_STALLS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
 _PAUSES = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60, 120)
 
 
@@ -40,6 +41,11 @@ class Metrics:
         self._pause = Histogram(
             "patcher_pause_seconds", "The engine's stop in a change.", buckets=_PAUSES
         )
+        self._stall = Histogram(
+            "patcher_stall_seconds",
+            "How long a rank worked for a change between two steps, which the next one waited for.",
+            buckets=_STALLS,
+        )
         self._named: set[str] = set()
 
     def in_force(self, ids: Sequence[str]) -> None:
@@ -57,6 +63,10 @@ class Metrics:
     def drifted(self, modules: int) -> None:
         """Tell how many modules are not what was put there."""
         self._drift.set(modules)
+
+    def stalled(self, seconds: float) -> None:
+        """Tell how long the slowest rank took for one call while the engine served."""
+        self._stall.observe(seconds)
 
     def ended(self, outcome: str, seconds: float, pause_ms: float | None = None) -> None:
         """Count a change; ``pause_ms`` where it was made."""

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from typing import Any, ParamSpec, Protocol, TypeVar
 
+from patcher.engine import spans
 from patcher.engine.metrics import metrics
 from patcher.errors import PatcherError
 
@@ -44,14 +45,16 @@ logger.addFilter(_WithChange())
 
 
 def observed(change: Callable[P, Awaitable[C]]) -> Callable[P, Awaitable[C]]:
-    """Give a change its id, and log and count its end. Errors get the id as a detail."""
+    """Give a change its id and span, and log and count its end. Errors get the id as a detail."""
 
     @functools.wraps(change)
     async def method(*args: P.args, **options: P.kwargs) -> C:
         token = CHANGE.set(secrets.token_hex(8))
         began = time.monotonic()
         try:
-            outcome = await change(*args, **options)
+            with spans.span("change", change=CHANGE.get()):
+                outcome = await change(*args, **options)
+                spans.tell(outcome="done", pause_ms=outcome.pause_ms)
         except BaseException as error:
             _failed(error, time.monotonic() - began)
             raise

@@ -6,10 +6,12 @@ import secrets
 from typing import Any
 
 from patcher.engine import vllm_client
+from patcher.engine.metrics import metrics
 from patcher.engine.stack import Stack
 from patcher.errors import EngineRefusedError, PatcherError, by_code
 
 Reply = dict[str, Any]
+STANDING = {"patcher_commit", "patcher_roll_back"}  # called while the engine stands still
 Place = tuple[int, int]  # the data-parallel engine, and the rank in it
 
 
@@ -27,6 +29,8 @@ class Ranks:
             raise EngineRefusedError(
                 "The engine's replies are out of step.", "Restart the engine; its state is safe."
             )
+        if method not in STANDING:
+            metrics().stalled(max(reply.get("seconds", 0.0) for reply in replies))
         for reply in replies:
             if not reply["ok"]:
                 kind = by_code(reply["error"])

@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from patcher.durations import LONGEST
+from patcher.engine import spans
 from patcher.engine.auth import Role, authorise
 from patcher.engine.mixed import MixedRequests
 from patcher.engine.service import PatchService
@@ -86,7 +87,8 @@ def _guarded(role: Role, answer: Answer) -> Callable[[Request], Awaitable[Respon
             actor = authorise(state.store, request.headers.get("authorization"), role)
             if state.service is None:
                 raise EngineRefusedError(f"patcher is off on this server: {state.off}.")
-            return await answer(state.service, request, actor)
+            with spans.caller(request.headers):
+                return await answer(state.service, request, actor)
         except PatcherError as error:
             return problem(error)
         except Exception:

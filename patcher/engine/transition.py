@@ -16,6 +16,7 @@ from patcher.engine.metrics import metrics
 from patcher.engine.mixed import MixedRequests
 from patcher.engine.ranks import Place, Ranks, place, refusal
 from patcher.engine.spacing import DEFAULT_LONGEST, Spacing
+from patcher.engine.spans import span
 from patcher.engine.stack import Stack
 from patcher.engine.store import Store
 from patcher.errors import BaseMismatchError, EngineRefusedError, VerificationError
@@ -68,16 +69,21 @@ class Transition:
         try:
             if not healing:
                 await self.heal(fallback)
-            digests = await self._stage(change_id, served, target)
-            spaced = await self.spacing.wait(in_flight)
+            with span("stage"):
+                digests = await self._stage(change_id, served, target)
+            with span("space"):
+                spaced = await self.spacing.wait(in_flight)
         except BaseException as error:
             await self.discard(change_id)  # nothing live was touched
             raise refusal("The engine failed while staging", error) from error
-        pause_ms, mixed = await self._swap(change_id, target, fallback, in_flight)
+        with span("pause", in_flight=in_flight):
+            pause_ms, mixed = await self._swap(change_id, target, fallback, in_flight)
         try:
-            await self._read_back(digests)
+            with span("read_back", modules=len(digests)):
+                await self._read_back(digests)
             if confirm is not None:
-                await confirm()
+                with span("guards"):
+                    await confirm()
             by_rank = {name: [d[at] for at in sorted(d)] for name, d in digests.items()}
             await _to_the_end(record, by_rank)
         except BaseException as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import os
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Concatenate, ParamSpec
@@ -189,29 +190,37 @@ def _check_base(name: str, expected: ModuleBase, weight: torch.Tensor, site: Sit
 def _answers(
     call: Callable[Concatenate[Any, RankState, P], Mapping[str, Any]],
 ) -> Callable[..., Reply]:
-    """Turn ``call(worker, state, …)`` into a worker method that never raises."""
+    """Turn ``call(worker, state, …)`` into a worker method that never raises.
+
+    Its reply says how many ``seconds`` it took: a step of the model waits as long.
+    """
 
     @functools.wraps(call)
     def method(worker: Any, nonce: str, *args: P.args, **kwargs: P.kwargs) -> Reply:
+        began = time.monotonic()
         reply: Reply = {"nonce": nonce, "rank": int(getattr(worker, "rank", 0)), "pid": os.getpid()}
         try:
             state = getattr(worker, "_patcher_state", None)
             if state is None:
                 state = worker._patcher_state = RankState(worker.get_model())
-            return {**reply, "ok": True, **call(worker, state, *args, **kwargs)}
-        except PatcherError as error:
-            failure = {"error": error.code, "detail": error.message, "cure": error.cure}
-            return {**reply, "ok": False, **failure}
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            detail = f"This rank ran out of memory ({str(error).partition('. ')[0] or 'host'})."
-            cure = "Free memory on its machine: the fold needs one module, the stack its bases."
-            failure = {"error": EngineRefusedError.code, "detail": detail, "cure": cure}
-            return {**reply, "ok": False, **failure}
+            reply |= {"ok": True, **call(worker, state, *args, **kwargs)}
         except Exception as error:
-            detail = f"{type(error).__name__}: {error}"
-            return {**reply, "ok": False, "error": PatcherError.code, "detail": detail, "cure": ""}
+            reply |= {"ok": False, **_failure(error)}
+        return {**reply, "seconds": time.monotonic() - began}
 
     return method
+
+
+def _failure(error: Exception) -> Reply:
+    """What a reply tells of an error."""
+    if isinstance(error, PatcherError):
+        return {"error": error.code, "detail": error.message, "cure": error.cure}
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        detail = f"This rank ran out of memory ({str(error).partition('. ')[0] or 'host'})."
+        cure = "Free memory on its machine: the fold needs one module, the stack its bases."
+        return {"error": EngineRefusedError.code, "detail": detail, "cure": cure}
+    detail = f"{type(error).__name__}: {error}"
+    return {"error": PatcherError.code, "detail": detail, "cure": ""}
 
 
 @_answers

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from patcher.client import Engine
-from patcher.errors import VerificationError
+from patcher.errors import StackConflictError, VerificationError
 from patcher.patch import Patch
 from tests.engine.conftest import EAGER, answers, emptied
 from tests.engine.patches import module_name, random_patch
@@ -33,15 +38,65 @@ def patch(model: Path) -> Patch:
     return random_patch(model, 1, layers=LAYERS, scale=20.0)
 
 
+class Collector(ThreadingHTTPServer):
+    """Takes spans as an OpenTelemetry collector does."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Collecting)
+        self.spans: list[Any] = []
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def the(self, name: str, which: Callable[[Any], bool], patience: float = 20.0) -> Any:
+        """The one span of that name, once it is there; they come in batches."""
+        deadline = time.monotonic() + patience
+        while not (found := [s for s in list(self.spans) if s.name == name and which(s)]):
+            assert time.monotonic() < deadline, f"no span {name}"
+            time.sleep(0.1)
+        (one,) = found
+        return one
+
+
+class _Collecting(BaseHTTPRequestHandler):
+    server: Collector
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
+            for scope in resource.scope_spans:
+                self.server.spans.extend(scope.spans)
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
 @pytest.fixture(scope="module")
-def watched(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def collector() -> Iterator[Collector]:
+    with Collector() as collector:
+        yield collector
+        collector.shutdown()
+
+
+@pytest.fixture(scope="module")
+def watched(
+    model: Path, collector: Collector, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
     server = Server(
         model,
         tmp_path_factory.mktemp("server"),
         EAGER,
         "--worker-extension-cls",
         "tests.engine.tamper.Tamper",
-        environment={"VLLM_SERVER_DEV_MODE": "1"},
+        "--otlp-traces-endpoint",
+        f"http://127.0.0.1:{collector.server_port}/v1/traces",
+        environment={
+            "VLLM_SERVER_DEV_MODE": "1",
+            "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
+            "OTEL_BSP_SCHEDULE_DELAY": "200",
+        },
     )
     with serving(server):
         yield server
@@ -86,6 +141,9 @@ def test_metrics_tell_the_stack_and_what_became_of_changes(
     for name in ("patcher_pause_seconds", "patcher_change_seconds"):
         assert after[f"{name}_count"] == before[f"{name}_count"] + 1
         assert after[f"{name}_sum"] > before[f"{name}_sum"]
+    # Modules are staged and read back one call each, and a step waits for one call at most.
+    stalls = after["patcher_stall_seconds_count"] - before["patcher_stall_seconds_count"]
+    assert stalls >= 2 * len(LAYERS)
     stale = engine.status()["weight_version"]
     engine.revert(all=True)
     with pytest.raises(Exception, match="weight version"):
@@ -94,6 +152,41 @@ def test_metrics_tell_the_stack_and_what_became_of_changes(
     assert named not in last
     assert last["patcher_stack_depth"] == 0
     assert last['patcher_changes_total{outcome="stack-changed"}'] >= 1
+
+
+def test_a_change_is_a_span_in_its_callers_trace(
+    watched: Server, engine: Engine, patch: Patch, collector: Collector
+) -> None:
+    uploaded = engine.upload(patch)
+    trace, caller = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+    answer = httpx.put(
+        f"{watched.url}/plugins/patcher/v1/stack",
+        json={"stack": [uploaded["id"]]},
+        headers={
+            "Authorization": f"Bearer {watched.token}",
+            "If-Match": engine.status()["weight_version"],
+            "traceparent": f"00-{trace}-{caller}-01",
+        },
+        timeout=60,
+    ).json()
+
+    def ours(span: Any) -> bool:
+        return str(span.trace_id.hex()) == trace
+
+    change = collector.the("patcher.change", ours)
+    assert change.parent_span_id.hex() == caller
+    told = {a.key: a.value for a in change.attributes}
+    assert told["patcher.change"].string_value == answer["change"]
+    assert told["patcher.pause_ms"].double_value == pytest.approx(answer["pause_ms"], abs=0.01)
+    for step in ("stage", "pause", "read_back"):
+        one = collector.the(f"patcher.{step}", ours)
+        assert one.parent_span_id == change.span_id
+        assert one.start_time_unix_nano < one.end_time_unix_nano
+    with pytest.raises(StackConflictError):
+        engine.set_stack([patch.id, patch.id], expect=answer["weight_version"])
+    refused = collector.the("patcher.change", lambda span: span.status.code == 2)
+    assert refused.status.message == "StackConflictError"
+    assert not refused.events  # an exception's own text could tell of the forget set
 
 
 def test_a_reload_is_seen_and_the_next_change_heals_it(
