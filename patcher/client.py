@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from os import PathLike
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
@@ -30,6 +31,7 @@ from patcher.protocol import (
     Change,
     InFlight,
     LedgerEntry,
+    Signed,
     Status,
     StoredPatch,
     Uploaded,
@@ -117,10 +119,33 @@ class Engine:
     def upload(self, patch: PatchSource) -> Uploaded:
         """Give the engine a patch without putting it in force; again is fine.
 
+        Signatures that lie beside a file (``P.st.sig``, ``P.st.alice.sig``) go with it.
+
         Raises :class:`~patcher.errors.InvalidPatchError` before any request if the file is
         damaged.
         """
-        return self._upload(_read(patch))
+        read = _read(patch)
+        bundles = _bundles([patch], [read])
+        uploaded = self._upload(read)
+        for patch_id, bundle in bundles:
+            self.sign(patch_id, bundle)
+        return uploaded
+
+    def sign(self, patch_id: str, bundle: bytes) -> Signed:
+        """Give the engine a signature of a patch that it holds; again is fine.
+
+        ``signer`` in the answer is whose it is by the engine's trust policy, or None.
+
+        Raises :class:`~patcher.errors.InvalidPatchError` for what is no signature of that patch.
+        """
+        path = f"patches/{_whole_id(patch_id)}/signatures"
+        return cast(Signed, self._call("POST", path, ("patch", "signer"), content=bundle))
+
+    def signatures(self, patch_id: str) -> list[dict[str, Any]]:
+        """The signatures of a patch that the engine holds: Sigstore bundles, the oldest first."""
+        path = f"patches/{_whole_id(patch_id)}/signatures"
+        answer = self._call("GET", path, ("signatures",))
+        return cast("list[dict[str, Any]]", answer["signatures"])
 
     def patches(self) -> list[StoredPatch]:
         """The patches that the engine holds, in force or not."""
@@ -139,6 +164,7 @@ class Engine:
         reason: str = "",
         guards: GuardSource | Sequence[GuardSource] = (),
         ttl: str | float | None = None,
+        signatures: Sequence[str | PathLike[str]] = (),
     ) -> Change:
         """Upload patches (paths, bytes or :class:`~patcher.Patch`) and put them on the top.
 
@@ -149,8 +175,10 @@ class Engine:
         ``guards`` are JSON Lines files or mappings (docs/protocol.md, "Guards") that must hold
         on the live engine, or the change is taken back. ``ttl`` (seconds, or a text like
         ``2h``) is when these patches are reverted, unless :meth:`confirm` comes first.
+        ``signatures``: bundles beside those that lie next to the files (:meth:`upload`).
 
         Raises :class:`~patcher.errors.InvalidPatchError`,
+        :class:`~patcher.errors.TrustError` (the engine's policy doesn't admit a patch),
         :class:`~patcher.errors.AlreadyAppliedError`,
         :class:`~patcher.errors.BaseMismatchError`,
         :class:`~patcher.errors.StackConflictError` (somebody else changed the stack
@@ -161,6 +189,7 @@ class Engine:
         if not patches:
             raise UsageError("No patch to apply.", "Name at least one patch file.")
         read = [_read(patch) for patch in patches]
+        bundles = _bundles(patches, read, signatures)
         checked = _guards(guards)
         lasts = None if ttl is None else seconds(ttl)
         status = self.status()
@@ -174,6 +203,8 @@ class Engine:
             wanted.append(patch.id)
         for patch in read:
             self._upload(patch)
+        for patch_id, bundle in bundles:
+            self.sign(patch_id, bundle)
         return self.set_stack(
             wanted,
             expect=status["weight_version"],
@@ -364,6 +395,18 @@ def _read(source: PatchSource) -> Patch:
     if isinstance(source, Patch):
         return source
     return Patch.from_bytes(source) if isinstance(source, bytes) else Patch.read(source)
+
+
+def _bundles(
+    sources: Sequence[PatchSource],
+    read: Sequence[Patch],
+    named: Sequence[str | PathLike[str]] = (),
+) -> list[tuple[str, bytes]]:
+    from patcher.patch import Patch
+    from patcher.signing import bundles_of
+
+    files = [None if isinstance(one, bytes | Patch) else Path(one) for one in sources]
+    return bundles_of(zip((one.id for one in read), files, strict=True), map(Path, named))
 
 
 def _guards(sources: GuardSource | Sequence[GuardSource]) -> list[dict[str, Any]]:

@@ -52,10 +52,20 @@ class Process(TypedDict):
     plugin: str | None
 
 
+class Trust(TypedDict):
+    """``policy``: SHA-256 of the policy's file; ``signatures``: how many signers are needed."""
+
+    policy: str
+    signatures: int
+    unsigned: bool
+    signers: list[str]
+
+
 class Status(TypedDict):
     """``base``: module -> digest of its pristine weights; ``stack``: ids, the bottom first.
 
     ``overlaid``: the quantised modules, whose patches cost something at every token.
+    ``trust``: whose signatures patches need; null where they need none.
     """
 
     engine: EngineInfo
@@ -64,6 +74,7 @@ class Status(TypedDict):
     weight_version: str
     patches: list[PatchInForce]
     modules: dict[str, list[str]]
+    trust: Trust | None
     overlaid: list[str]
     processes: list[Process]
 
@@ -74,6 +85,13 @@ class Uploaded(TypedDict):
     id: str
     bytes: int
     modules: dict[str, int]
+
+
+class Signed(TypedDict):
+    """A signature that the engine holds now; ``signer``: whose, by its trust policy."""
+
+    patch: str
+    signer: str | None
 
 
 class StoredPatch(TypedDict):

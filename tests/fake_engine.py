@@ -66,6 +66,7 @@ class FakeEngine:
         self.world_size = 1
         self.state = "ready"
         self.overlaid: list[str] = []
+        self.signatures: list[tuple[str, bytes]] = []
         self.url = ""
 
     def answer(self, request: Request) -> Reply:
@@ -93,12 +94,17 @@ class FakeEngine:
                 "weight_version": version_of(self.stack),
                 "patches": [self._in_force(one) for one in self.stack],
                 "modules": modules,
+                "trust": None,
                 "overlaid": self.overlaid,
                 "processes": [{"engine": 0, "rank": 0, "pid": 4711, "plugin": self.plugin}],
             }
         )
 
     def post_patches(self, request: Request) -> Reply:
+        if request.path.endswith("/signatures"):
+            patch_id = request.path.split("/")[-2]
+            self.signatures.append((patch_id, request.body))
+            return json_reply({"patch": patch_id, "signer": None}, 201)
         patch = Patch.from_bytes(request.body)
         status = 200 if patch.id in self.held else 201
         self.held[patch.id] = request.body

@@ -23,6 +23,14 @@ if TYPE_CHECKING:
     help="Revert these patches by themselves after that time, like 30m or 2h, unless `patcher "
     "confirm` comes first.",
 )
+@click.option(
+    "--signature",
+    "signatures",
+    multiple=True,
+    type=existing_file,
+    metavar="P.st.sig",
+    help="A signature of one of them; those beside the files go with them unasked.",
+)
 @engine_options
 @change_options
 @json_option

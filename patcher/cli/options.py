@@ -14,7 +14,7 @@ from patcher.protocol import IN_FLIGHT
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-_LONGEST_TOKEN_FILE = 4096  # bytes
+_LONGEST_SECRET_FILE = 4096  # bytes
 
 existing_file = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -188,8 +188,17 @@ def read_token(token: str | None, token_file: Path | None) -> str | None:
     """The token, from its file if one is named."""
     if token_file is None:
         return token
-    with token_file.open("rb") as file:
-        content = file.read(_LONGEST_TOKEN_FILE + 1)
-    if len(content) > _LONGEST_TOKEN_FILE or not content.strip():
-        raise UsageError(f"{token_file} holds no token.", "Name the file that `serve` made.")
-    return content.decode("ascii", "replace").strip()
+    secret = read_secret(token_file, "token", "Name the file that `serve` made.")
+    return secret.decode("ascii", "replace")
+
+
+def read_secret(path: Path, what: str, cure: str = "Write it there, on one line.") -> bytes:
+    """What a small file holds, without the white space around it.
+
+    Raises :class:`UsageError` where that is nothing, or more than a secret would be.
+    """
+    with path.open("rb") as file:
+        content = file.read(_LONGEST_SECRET_FILE + 1)
+    if len(content) > _LONGEST_SECRET_FILE or not content.strip():
+        raise UsageError(f"{path} holds no {what}.", cure)
+    return content.strip()

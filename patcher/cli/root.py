@@ -19,6 +19,11 @@ SECTIONS = {
         "compare": "compare",
         "methods": "methods",
     },
+    "Sign a patch": {
+        "keygen": "trust",
+        "sign": "trust",
+        "verify-file": "trust",
+    },
     "Change a running engine": {
         "serve": "serve",
         "apply": "change",
@@ -49,7 +54,7 @@ class Root(click.Group):
         for section in SECTIONS.values():
             if cmd_name in section:
                 module = import_module(f"patcher.cli.{section[cmd_name]}")
-                command: click.Command = getattr(module, cmd_name)
+                command: click.Command = getattr(module, cmd_name.replace("-", "_"))
                 return command
         return None
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from patcher.cli.options import json_option
+from patcher.cli.options import existing_file, json_option
 from patcher.cli.output import print_json
 from patcher.errors import UsageError
 
@@ -61,6 +61,12 @@ class PassThrough(click.Command):
     type=click.Path(dir_okay=False, path_type=Path),
     help="The admin token's file, made at the first start. By default in the state folder.",
 )
+@click.option(
+    "--trust",
+    type=existing_file,
+    metavar="POLICY.toml",
+    help="Whose signatures a patch needs; read at every start (docs/trust.md).",
+)
 @click.option("--no-restore", is_flag=True, help="Serve the base: leave the committed stack out.")
 @json_option
 def serve(
@@ -68,6 +74,7 @@ def serve(
     vllm_args: tuple[str, ...],
     state: Path | None,
     token_file: Path | None,
+    trust: Path | None,
     no_restore: bool,
     as_json: bool,
 ) -> None:
@@ -95,4 +102,11 @@ def serve(
         )
         sys.stdout.flush()
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    start(model, list(vllm_args), state=state, token_file=token_file, no_restore=no_restore)
+    start(
+        model,
+        list(vllm_args),
+        state=state,
+        token_file=token_file,
+        no_restore=no_restore,
+        trust=trust,
+    )

@@ -29,6 +29,7 @@ from patcher.engine.plugin import record_start
 from patcher.engine.routes import PluginState, router
 from patcher.engine.service import PatchService
 from patcher.engine.settings import Settings, asked_for
+from patcher.engine.signatures import Trust
 from patcher.engine.store import Store
 from patcher.engine.versions import check_vllm
 from patcher.engine.vllm_offline import OfflineClient
@@ -101,8 +102,9 @@ class AttachedEngine(Engine):
                 token_file=folder / "token",
             )
             ensure_token(store, settings.token_file)
-            record_start(store, settings)
-            self._service: PatchService = PatchService(client, store, spacing=0)
+            trust = Trust(store, settings.trust)
+            record_start(store, settings, trust.told())
+            self._service: PatchService = PatchService(client, store, spacing=0, trust=trust)
             self._service.watched = False
             run(self._service.restore())
             run(expire(self._service))  # what ran out while nothing served

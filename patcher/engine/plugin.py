@@ -60,6 +60,7 @@ class PatcherEndpoint:
         from patcher.engine.lifetimes import expire, watch
         from patcher.engine.routes import PluginState
         from patcher.engine.service import PatchService
+        from patcher.engine.signatures import Trust
         from patcher.engine.store import Store
         from patcher.engine.versions import check_vllm
 
@@ -76,12 +77,13 @@ class PatcherEndpoint:
             "new" if made else "admin",
             settings.token_file,
         )
-        record_start(store, settings)
+        trust = Trust(store, settings.trust)  # first: a start with a wrong policy is none
+        record_start(store, settings, trust.told())
         if settings.disabled:
             state.patcher = PluginState(store, off="PATCHER_DISABLE is set")
             return
         check_vllm(vllm.__version__)
-        service = PatchService(engine_client, store, settings.spacing)
+        service = PatchService(engine_client, store, settings.spacing, trust)
         await service.restore()
         await expire(service)  # what ran out while nothing served
         vllm_client.watch_requests(engine_client, stamp.seen)
@@ -95,17 +97,16 @@ def _instance(args: Namespace) -> str:
     return str(os.getppid() if several else os.getpid())
 
 
-def record_start(store: Store, settings: Settings) -> None:
-    """Note a start, and whether it restores the committed stack."""
+def record_start(store: Store, settings: Settings, trust: dict[str, Any] | None) -> None:
+    """Note a start, its trust policy, and whether it restores the committed stack."""
     held = list(store.committed().ids)
     without = settings.disabled or settings.no_restore
     if without:
         logger.warning("patcher: %d committed patches are not in force by this start", len(held))
     event = "start-disabled" if settings.disabled else "start-without-restore"
     with store.exclusive():
-        store.suspend(
-            without, event if without else "start", {"held" if without else "stack": held}
-        )
+        detail = {"held" if without else "stack": held, **({"trust": trust} if trust else {})}
+        store.suspend(without, event if without else "start", detail)
 
 
 def endpoint_plugin() -> PatcherEndpoint:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from patcher.errors import (
 from patcher.guards import MAX_GUARDS, Guard
 from patcher.patch.container import MAX_FILE_BYTES
 from patcher.protocol import ROUTE, InFlight
+from patcher.signing import MAX_BUNDLE_BYTES
 
 MAX_BODY_BYTES = 1 << 20  # of a request that isn't a patch
 logger = logging.getLogger("vllm.patcher")
@@ -134,6 +136,20 @@ async def _patch(service: PatchService, request: Request, actor: str) -> Respons
     return Response(data, media_type="application/octet-stream")
 
 
+async def _sign(service: PatchService, request: Request, actor: str) -> Response:
+    bundle = await _body(request, MAX_BUNDLE_BYTES, InvalidPatchError)
+    patch_id = request.path_params["patch_id"]
+    added, signer = await asyncio.to_thread(service.trust.add, patch_id, bundle, actor)
+    return JSONResponse({"patch": patch_id, "signer": signer}, 201 if added else 200)
+
+
+async def _signatures(service: PatchService, request: Request, actor: str) -> Response:
+    patch_id = request.path_params["patch_id"]
+    await asyncio.to_thread(service.store.patch_bytes, patch_id)  # refuses an unknown one
+    found = await asyncio.to_thread(service.store.signatures, patch_id)
+    return JSONResponse({"signatures": [json.loads(bundle) for bundle in found]})
+
+
 async def _put_stack(service: PatchService, request: Request, actor: str) -> Response:
     try:
         wanted = StackWanted.model_validate_json(await _body(request, MAX_BODY_BYTES, UsageError))
@@ -206,6 +222,8 @@ _TABLE: tuple[tuple[str, str, Role, Answer], ...] = (
     ("POST", "/patches", Role.apply, _upload),
     ("GET", "/patches", Role.read, _patches),
     ("GET", "/patches/{patch_id}", Role.read, _patch),
+    ("POST", "/patches/{patch_id}/signatures", Role.apply, _sign),
+    ("GET", "/patches/{patch_id}/signatures", Role.read, _signatures),
     ("PUT", "/stack", Role.apply, _put_stack),
     ("POST", "/confirm", Role.apply, _confirm),
     ("POST", "/verify", Role.read, _verify),

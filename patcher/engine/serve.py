@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from patcher.engine.settings import PLUGIN
 from patcher.errors import UsageError
+from patcher.signing import TrustPolicy
 
 # Unless VLLM_PLUGINS is set, vLLM loads every plugin of these groups.
 _OPEN_GROUPS = (
@@ -38,6 +39,7 @@ def environment_for(
     state: Path | None,
     token_file: Path | None,
     no_restore: bool,
+    trust: Path | None = None,
 ) -> dict[str, str]:
     """The server's environment."""
     changed = {**environment, "VLLM_PLUGINS": plugin_list(environment)}
@@ -45,6 +47,8 @@ def environment_for(
         changed["PATCHER_STATE"] = str(state.absolute())
     if token_file is not None:
         changed["PATCHER_TOKEN_FILE"] = str(token_file.absolute())
+    if trust is not None:
+        changed["PATCHER_TRUST"] = str(trust.absolute())
     if no_restore:
         changed["PATCHER_NO_RESTORE"] = "1"
     return changed
@@ -57,18 +61,22 @@ def serve(
     state: Path | None = None,
     token_file: Path | None = None,
     no_restore: bool = False,
+    trust: Path | None = None,
 ) -> NoReturn:
     """Become vLLM's OpenAI server for ``model``; this process is replaced.
 
-    Raises :class:`UsageError` where vLLM isn't installed.
+    Raises :class:`UsageError` where vLLM isn't installed, and what
+    :meth:`~patcher.signing.TrustPolicy.read` raises.
     """
     if find_spec("vllm") is None:
         raise UsageError(
             "vLLM is not installed here.",
             "pip install 'vllm-patcher[engine]' (CPU: 'vllm-patcher[engine-cpu]').",
         )
+    if trust is not None:
+        TrustPolicy.read(trust)  # what is wrong with it shows before a model is loaded
     environment = environment_for(
-        os.environ, state=state, token_file=token_file, no_restore=no_restore
+        os.environ, state=state, token_file=token_file, no_restore=no_restore, trust=trust
     )
     sys.stdout.flush()
     sys.stderr.flush()

@@ -21,6 +21,7 @@ from patcher.engine.lifetimes import Lifetimes
 from patcher.engine.metrics import metrics
 from patcher.engine.observe import CHANGE, cause_of, observed
 from patcher.engine.ranks import Place, Ranks, agree, place
+from patcher.engine.signatures import Trust
 from patcher.engine.spacing import DEFAULT_LONGEST
 from patcher.engine.stack import Stack, admit
 from patcher.engine.store import Store
@@ -72,9 +73,16 @@ class Outcome:
 class PatchService:
     """The API-server process's hand on the engine. The truth stays in workers and store."""
 
-    def __init__(self, client: Any, store: Store, spacing: float = DEFAULT_LONGEST) -> None:
+    def __init__(
+        self,
+        client: Any,
+        store: Store,
+        spacing: float = DEFAULT_LONGEST,
+        trust: Trust | None = None,
+    ) -> None:
         self.client = client
         self.store = store
+        self.trust = trust or Trust(store, None)
         self.ranks = Ranks(client)
         self.transition = Transition(self.ranks, store, spacing)
         self.lifetimes = Lifetimes(store)
@@ -105,6 +113,7 @@ class PatchService:
             "weight_version": stack.version,
             "patches": self._patches_in_force(manifests),
             "modules": {name: list(ids) for name, ids in modules.items()},
+            "trust": self.trust.told(),
             "overlaid": sorted({name for rank in ranks for name in rank["overlaid"]}),
             "processes": [
                 {"engine": r["engine"], "rank": r["rank"], "pid": r["pid"], "plugin": r["version"]}
@@ -189,6 +198,7 @@ class PatchService:
     async def restore(self, occasion: str = "start") -> None:
         """Bring the engine to the stack that must be in force, before it serves."""
         async with self._exclusive():
+            await asyncio.to_thread(self.trust.check_restored, self.store.in_force().ids)
             await self._reconcile(occasion)
             stack = self.store.in_force()
             await vllm_client.set_weight_version(self.client, stack.version)
@@ -216,6 +226,7 @@ class PatchService:
         Raises :class:`StackChangedError` where ``if_match`` isn't the weight version in force,
         :class:`StackRacedError` where it was until another change ended first,
         :class:`VerificationError` where something else changed the live weights,
+        :class:`TrustError` where the policy doesn't admit a patch,
         :class:`GuardBreachedError` where one of ``guards`` didn't hold, what :func:`admit`
         raises, and what a rank refused with.
         """
@@ -232,6 +243,8 @@ class PatchService:
                 raise _outdated(if_match, before, raced=if_match == arrived.version)
             only_if()
             added = [i for i in target.ids if i not in before.ids]
+            # What is in force already was checked when it came, and at the start.
+            signers = await asyncio.to_thread(self.trust.check, added)
             if ttl is not None:
                 self._check_lifetime(added)
             asked = GuardRun(self.client, guards)
@@ -245,6 +258,8 @@ class PatchService:
             }
             if ttl is not None:
                 detail["ttl"] = ttl
+            if signers:
+                detail["signers"] = signers
             await self._record("change-intent", {**detail, "in_flight": in_flight})
             logger.info("actor=%s in_flight=%s stack=%s", actor, in_flight, _depths(before, target))
             try:

@@ -32,7 +32,8 @@ def default_state(model: str, environment: Mapping[str, str] = os.environ) -> Pa
 class Settings:
     """The plugin's settings.
 
-    ``PATCHER_STATE`` (folder), ``PATCHER_TOKEN_FILE``, and the kill switches
+    ``PATCHER_STATE`` (folder), ``PATCHER_TOKEN_FILE``, ``PATCHER_TRUST`` (the trust policy's file;
+    without it patches need no signature), and the kill switches
     ``PATCHER_NO_RESTORE=1`` (this start leaves the committed stack out) and
     ``PATCHER_DISABLE=1`` (nothing of patcher runs but the record that it was disabled).
     ``PATCHER_SPACING``: seconds that a change waits at most for requests that the one before
@@ -45,6 +46,7 @@ class Settings:
     no_restore: bool
     disabled: bool
     spacing: float = DEFAULT_LONGEST
+    trust: Path | None = None
 
     @classmethod
     def read(cls, model: str, environment: Mapping[str, str] = os.environ) -> Settings:
@@ -52,6 +54,7 @@ class Settings:
         given = environment.get("PATCHER_STATE")
         state = Path(given).expanduser() if given else default_state(model, environment)
         token = environment.get("PATCHER_TOKEN_FILE")
+        trust = environment.get("PATCHER_TRUST")
         overlay_rank(environment)  # the workers' processes would only log what is wrong with it
         return cls(
             state=state,
@@ -59,6 +62,7 @@ class Settings:
             no_restore=is_set("PATCHER_NO_RESTORE", environment),
             disabled=disabled(environment),
             spacing=_seconds("PATCHER_SPACING", environment, DEFAULT_LONGEST, LONGEST),
+            trust=Path(trust).expanduser() if trust else None,
         )
 
 

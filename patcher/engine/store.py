@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from patcher.engine import expiries
+from patcher.engine import expiries, signatures
 from patcher.engine.folder import StateFolder
 from patcher.engine.stack import Stack
 from patcher.errors import EngineRefusedError, UnknownPatchError
@@ -82,7 +82,7 @@ class Store(StateFolder):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self.check_owner()
             with self._transaction() as db:
-                for statement in (_SCHEMA + expiries.TABLE).split(";"):
+                for statement in (_SCHEMA + expiries.TABLE + signatures.TABLE).split(";"):
                     db.execute(statement)
                 db.execute(
                     "INSERT OR IGNORE INTO meta VALUES ('schema', ?)", (str(SCHEMA_VERSION),)
@@ -166,6 +166,20 @@ class Store(StateFolder):
                 "Restore the state folder from a backup, or start with --no-restore.",
             )
         return data
+
+    def add_signature(self, patch_id: str, bundle: bytes, actor: str, signer: str | None) -> bool:
+        """Store a bundle of a stored patch; False where it was there already."""
+        with self._transaction() as db:
+            digest = signatures.add(db, patch_id, bundle, now())
+            if digest is not None:
+                detail = {"patch": patch_id, "signature": digest, "signer": signer, "actor": actor}
+                self._append(db, "signature-stored", detail)
+        return digest is not None
+
+    def signatures(self, patch_id: str) -> list[bytes]:
+        """The bundles of a stored patch, the oldest first."""
+        with self._connection() as db:
+            return signatures.read(db, patch_id)
 
     def patches(self) -> list[StoredPatch]:
         """All stored patches, oldest first."""

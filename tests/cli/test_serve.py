@@ -39,17 +39,24 @@ def test_unknown_options_go_to_vllm_in_order(
     assert run("serve", *words).exit_code == 0
     (given, named), *_ = started
     assert given == ("m", words[1:])
-    assert named == {"state": None, "token_file": None, "no_restore": False}
+    assert named == {"state": None, "token_file": None, "no_restore": False, "trust": None}
 
 
 def test_our_options_are_ours_wherever_they_stand(
-    started: list[tuple[tuple[Any, ...], dict[str, Any]]],
+    started: list[tuple[tuple[Any, ...], dict[str, Any]]], tmp_path: Path
 ) -> None:
+    policy = tmp_path / "policy.toml"
+    policy.touch()
     words = ["--state", "s", "m", "--port", "1", "--token-file=t", "--no-restore", "--seed", "3"]
-    assert run("serve", *words).exit_code == 0
+    assert run("serve", *words, f"--trust={policy}").exit_code == 0
     (given, named), *_ = started
     assert given == ("m", ["--port", "1", "--seed", "3"])
-    assert named == {"state": Path("s"), "token_file": Path("t"), "no_restore": True}
+    assert named == {
+        "state": Path("s"),
+        "token_file": Path("t"),
+        "no_restore": True,
+        "trust": policy,
+    }
 
 
 def test_after_two_hyphens_everything_is_vllms(
@@ -83,3 +90,11 @@ def test_without_vllm_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -
     result = run("serve", "m")
     assert result.exit_code == 2
     assert "vllm-patcher[engine]" in result.stderr
+
+
+def test_a_wrong_policy_ends_it_before_a_model_is_loaded(tmp_path: Path) -> None:
+    policy = tmp_path / "policy.toml"
+    policy.write_text("signatures = 2\n")
+    result = run("serve", "m", "--trust", policy, "--port", "1")
+    assert result.exit_code == 5
+    assert "2 signatures of 0 signers" in result.stderr

@@ -1,0 +1,154 @@
+"""Commands about who made a patch: keys, signatures, and whether they are enough."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from patcher.cli.options import existing_file, json_option, read_secret
+from patcher.cli.output import facts, print_json, short
+from patcher.errors import UsageError
+
+if TYPE_CHECKING:
+    from patcher.signing import TrustPolicy
+
+password_option = click.option(
+    "--password-file", type=existing_file, help="File with the private key's password."
+)
+
+
+@click.command()
+@click.argument("name", type=click.Path(path_type=Path))
+@password_option
+@json_option
+def keygen(name: Path, password_file: Path | None, as_json: bool) -> None:
+    """Make a key pair for signing patches: NAME.key and NAME.pub.
+
+    The private key is for its owner alone (mode 0600), and encrypted with --password-file. The
+    fingerprint is what a trust policy revokes a key by.
+    """
+    from patcher.signing import generate
+
+    password = None if password_file is None else read_secret(password_file, "password")
+    private, public, fingerprint = generate(name, password)
+    if as_json:
+        print_json({"key": str(private), "public": str(public), "fingerprint": fingerprint})
+    else:
+        facts([("private key", private), ("public key", public), ("fingerprint", fingerprint)])
+
+
+@click.command()
+@click.argument("paths", nargs=-1, required=True, type=existing_file, metavar="P.st…")
+@click.option("--key", type=existing_file, help="Private key in PEM, as `patcher keygen` makes.")
+@password_option
+@click.option(
+    "--certificate", type=existing_file, help="The certificate of --key, in PEM, to go with it."
+)
+@click.option(
+    "--chain",
+    multiple=True,
+    type=existing_file,
+    help="A certificate between that one and the root; again for more.",
+)
+@click.option("--keyless", is_flag=True, help="Sign as who you are at Sigstore; needs the network.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The signature's file. By default beside the patch: P.st.NAME.sig, NAME from the key.",
+)
+@json_option
+def sign(
+    paths: tuple[Path, ...],
+    key: Path | None,
+    password_file: Path | None,
+    certificate: Path | None,
+    chain: tuple[Path, ...],
+    keyless: bool,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Sign patch files as OpenSSF Model Signing does: a Sigstore bundle over the file's bytes.
+
+    The files are checked first. Whoever reviews a patch signs it too: each signature is a file
+    of its own, and `patcher apply` sends those that lie beside the patch.
+    """
+    from patcher.patch import Patch
+    from patcher.signing import Identity
+    from patcher.signing import sign as make
+
+    if keyless == (key is not None):
+        raise UsageError("Say who signs.", "Give --key KEY, or --keyless.")
+    if output is not None and len(paths) > 1:
+        raise UsageError("-o names one file, and there are several.", "Leave -o out.")
+    password = None if password_file is None else read_secret(password_file, "password")
+    identity = Identity(key, password, certificate, chain)
+    name = "keyless" if key is None else key.name.removesuffix(".key").removesuffix(".pem")
+    patches = [Patch.read(path) for path in paths]
+    signed = []
+    for path, patch in zip(paths, patches, strict=True):
+        out = output or path.with_name(f"{path.name}.{name}.sig")
+        make(path, out, identity)
+        signed.append({"id": patch.id, "path": str(path), "signature": str(out)})
+    if as_json:
+        print_json({"signed": signed})
+    else:
+        facts([(one["signature"], f"signs {short(one['id'])}") for one in signed])
+
+
+@click.command("verify-file")
+@click.argument("path", type=existing_file, metavar="P.st")
+@click.option(
+    "--signature",
+    "signatures",
+    multiple=True,
+    type=existing_file,
+    metavar="P.st.sig",
+    help="A signature of it; those beside it are looked at unasked.",
+)
+@click.option("--trust", type=existing_file, metavar="POLICY.toml", help="A trust policy.")
+@click.option("--public-key", type=existing_file, metavar="K.pub", help="Or one key alone.")
+@json_option
+def verify_file(
+    path: Path,
+    signatures: tuple[Path, ...],
+    trust: Path | None,
+    public_key: Path | None,
+    as_json: bool,
+) -> None:
+    """Check that a patch file is signed by whom it must be; no engine needed, and no network.
+
+    Exit code 5, and the rule that refuses, where it isn't.
+    """
+    from patcher.patch import Patch
+    from patcher.signing import bundles_of
+
+    if (trust is None) == (public_key is None):
+        raise UsageError("Say whose signature it needs.", "Give --trust or --public-key.")
+    policy = _policy(trust, public_key)
+    patch = Patch.read(path)
+    given = [bundle for _, bundle in bundles_of([(patch.id, path)], signatures)]
+    signers = policy.check(patch, given)
+    document = {
+        "id": patch.id,
+        "path": str(path),
+        "ok": True,
+        "signers": signers,
+        "signatures": len(given),
+    }
+    if as_json:
+        print_json(document)
+    else:
+        told = ", ".join(signers) or "nobody, and the policy takes it unsigned"
+        facts([("file", f"{path}: sound"), ("id", patch.id), ("signed by", told)])
+
+
+def _policy(trust: Path | None, public_key: Path | None) -> TrustPolicy:
+    from patcher.signing import TrustPolicy
+
+    if trust is not None:
+        return TrustPolicy.read(trust)
+    assert public_key is not None
+    return TrustPolicy.of_key(public_key)

@@ -1,0 +1,85 @@
+"""Signing keys: elliptic curve P-256, in PEM, as OpenSSF Model Signing takes them."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from types import ModuleType
+
+from ..errors import TrustError, UsageError
+from ..patch import files
+
+
+def generate(path: Path, password: bytes | None = None) -> tuple[Path, Path, str]:
+    """Make a key pair: ``<path>.key`` (mode 0600, encrypted under ``password``) and ``<path>.pub``.
+
+    Returns the two files and the public key's fingerprint.
+
+    Raises:
+        UsageError: one of the files is there already, or can't be written.
+    """
+    serialization = needed("cryptography.hazmat.primitives.serialization")
+    ec = needed("cryptography.hazmat.primitives.asymmetric.ec")
+    private, public = path.with_name(f"{path.name}.key"), path.with_name(f"{path.name}.pub")
+    for one in (private, public):
+        if one.exists():
+            raise UsageError(f"{one} is there already.", "A key is never written over: move it.")
+    key = ec.generate_private_key(ec.SECP256R1())
+    guard = (
+        serialization.BestAvailableEncryption(password)
+        if password
+        else serialization.NoEncryption()
+    )
+    secret = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, guard)
+    told = _public_pem(key.public_key())
+    files.write(private, secret, 0o600)
+    files.write(public, told)
+    return private, public, hashlib.sha256(told).hexdigest()
+
+
+def fingerprint(path: Path) -> str:
+    """The SHA-256, in hex, of a public key's PEM: what a bundle and a trust policy name it by.
+
+    Raises:
+        TrustError: the file holds no public key on one of the curves P-256, P-384 and P-521.
+    """
+    serialization = needed("cryptography.hazmat.primitives.serialization")
+    try:
+        key = serialization.load_pem_public_key(path.read_bytes())
+        curve = key.curve.name
+    except (OSError, ValueError, AttributeError) as error:
+        raise _no_key(path) from error
+    if curve not in ("secp256r1", "secp384r1", "secp521r1"):
+        raise _no_key(path)
+    return hashlib.sha256(_public_pem(key)).hexdigest()
+
+
+def needed(name: str) -> ModuleType:
+    """A module of the extra ``sign``.
+
+    Raises:
+        UsageError: it isn't installed.
+    """
+    from importlib import import_module
+
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise UsageError(
+            f"Signatures need the package {(error.name or name).partition('.')[0]}.",
+            "pip install 'vllm-patcher[sign]'",
+        ) from None
+
+
+def _public_pem(key: object) -> bytes:
+    serialization = needed("cryptography.hazmat.primitives.serialization")
+    form = serialization.PublicFormat.SubjectPublicKeyInfo
+    pem: bytes = key.public_bytes(serialization.Encoding.PEM, form)  # type: ignore[attr-defined]
+    return pem
+
+
+def _no_key(path: Path) -> TrustError:
+    return TrustError(
+        f"{path} holds no public key that signatures can be checked with.",
+        "Name a PEM file with an elliptic curve key, as `patcher keygen` makes.",
+    )
