@@ -19,7 +19,9 @@ SECTIONS = {
         "compare": "compare",
         "methods": "methods",
     },
-    "Sign a patch": {
+    "Review and sign a patch": {
+        "diff": "review",
+        "merge": "review",
         "keygen": "trust",
         "sign": "trust",
         "verify-file": "trust",

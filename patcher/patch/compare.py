@@ -121,7 +121,7 @@ def compare(
 def _pair(
     i: int, j: int, first: Patch, second: Patch, statistics: Mapping[str, Statistics]
 ) -> Pair:
-    _check_bases(first, second)
+    check_bases(first, second)
     names = sorted(first.deltas.keys() & second.deltas.keys())
     modules = {
         name: _shared(first.deltas[name], second.deltas[name], statistics.get(name))
@@ -132,7 +132,8 @@ def _pair(
     return Pair(i, j, modules, total, _verdict(first, second, modules, total))
 
 
-def _check_bases(first: Patch, second: Patch) -> None:
+def check_bases(first: Patch, second: Patch) -> None:
+    """Raise :class:`BaseMismatchError` where two patches name different weights of one module."""
     one, other = first.manifest.base.modules, second.manifest.base.modules
     for name in sorted(one.keys() & other.keys()):
         same = (one[name].shape, one[name].dtype, one[name].digest) == (
@@ -144,7 +145,7 @@ def _check_bases(first: Patch, second: Patch) -> None:
             raise BaseMismatchError(
                 f"Patches {first.id[:12]} and {second.id[:12]} were computed on different"
                 f" weights of {name}.",
-                "They can never be in one stack; compare patches of one model and revision.",
+                "They can never be in one stack; take patches of one model and revision.",
             )
 
 

@@ -1,0 +1,139 @@
+"""Commands that review patches before anybody applies them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from patcher.cli.options import existing_file, json_option
+from patcher.cli.output import facts, note, print_json, size, table
+from patcher.cli.progress import shown_progress
+
+if TYPE_CHECKING:
+    from patcher.patch.difference import Difference, ModuleDifference
+
+
+@click.command()
+@click.argument("first", type=existing_file, metavar="A.st")
+@click.argument("second", type=existing_file, metavar="B.st")
+@json_option
+def diff(first: Path, second: Path, as_json: bool) -> None:
+    """Show what differs between two patch files.
+
+    Fields of the manifests, and for each module how far apart the two edits are: 0 for the
+    same one, however it is stored.
+    """
+    from patcher.patch import Patch
+    from patcher.patch.difference import difference
+
+    patches = [Patch.read(path) for path in (first, second)]
+    found = difference(*patches)
+    if as_json:
+        modules = {name: asdict(one) for name, one in found.modules.items()}
+        ids = {"first": patches[0].id, "second": patches[1].id}
+        print_json({**ids, "same": found.same, "fields": found.fields, "modules": modules})
+    else:
+        _print_difference(found)
+
+
+def _print_difference(found: Difference) -> None:
+    if found.same:
+        click.echo("They are the same.")
+        return
+    if found.fields:
+        rows = [(name, _brief(one), _brief(other)) for name, (one, other) in found.fields.items()]
+        table(["field", "first", "second"], rows)
+        click.echo()
+    table(
+        ["module", "first", "second", ">apart", "base"],
+        [(name, *_module_row(one)) for name, one in found.modules.items()],
+    )
+
+
+def _module_row(one: ModuleDifference) -> tuple[str, str, str, str]:
+    sides = [
+        "–" if told is None else f"{told['kind']} rank {told['rank']} norm {told['norm']:.4g}"
+        for told in (one.first, one.second)
+    ]
+    apart = "–" if one.distance is None else f"{one.distance:.3g}"
+    base = {None: "–", True: "the same", False: "DIFFERENT"}[one.same_base]
+    return sides[0], sides[1], apart, base
+
+
+def _brief(value: Any) -> str:
+    text = "–" if value is None else str(value)
+    return text if len(text) <= 40 else f"{text[:39]}…"
+
+
+@click.command()
+@click.argument("paths", type=existing_file, metavar="A.st B.st…", nargs=-1, required=True)
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The new patch file.",
+)
+@click.option(
+    "--rank", type=click.IntRange(min=1), help="At most this rank on every module; else exact."
+)
+@click.option(
+    "--model",
+    metavar="DIR_OR_HUB_ID",
+    help="Keep what matters most for the inputs that this model sees, and measure so.",
+)
+@click.option("--title", help="Of the new patch. Must hold nothing of what is to be forgotten.")
+@click.option("--device", default="auto", show_default=True, help="Where to compute statistics.")
+@click.option("-v", "--verbose", is_flag=True, help="Say on stderr what is being done.")
+@json_option
+def merge(
+    paths: tuple[Path, ...],
+    output: Path,
+    rank: int | None,
+    model: str | None,
+    title: str | None,
+    device: str,
+    verbose: bool,
+    as_json: bool,
+) -> None:
+    """Make one patch of several, the bottom of the stack first.
+
+    Without --rank it does what they do together. With it, the error is told: how much of what
+    they add to the outputs is lost.
+    """
+    from patcher.patch import Patch
+    from patcher.patch.merge import merge as run
+
+    patches = [Patch.read(path) for path in paths]
+    statistics = None
+    if model is not None:
+        from patcher.unlearn.interference import statistics_of
+
+        with shown_progress(verbose) as progress:
+            statistics = statistics_of(model, patches, device=device, progress=progress)
+    merged = run(patches, rank=rank, statistics=statistics, title=title)
+    merged.patch.write(output)
+    worst = max(float(one["error"]) for one in merged.modules.values())
+    if as_json:
+        print_json(
+            {
+                "id": merged.patch.id,
+                "path": str(output),
+                "bytes": len(merged.patch.data),
+                "metric": "statistics" if merged.whitened else "euclidean",
+                "error": worst,
+                "modules": merged.modules,
+            }
+        )
+        return
+    facts([("file", f"{output}: {size(len(merged.patch.data))}"), ("id", merged.patch.id)])
+    click.echo()
+    table(
+        ["module", ">rank", ">of", ">error"],
+        [(n, o["rank"], o["of"], f"{o['error']:.3g}") for n, o in merged.modules.items()],
+    )
+    if worst and not merged.whitened:
+        note("The error is of the edit as such; with --model it is of what it adds to outputs.")
