@@ -8,11 +8,11 @@ fields that they have at least; a newer engine may send more. Every error is one
 from __future__ import annotations
 
 import os
+from base64 import b64encode
 from collections.abc import Iterable, Sequence
 from os import PathLike
-from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import httpx
 
@@ -20,17 +20,18 @@ from patcher.address import checked_token, checked_url, host_of, is_loopback
 from patcher.durations import seconds
 from patcher.errors import (
     AlreadyAppliedError,
-    AmbiguousIdError,
     EngineUnreachableError,
     UnknownPatchError,
     UsageError,
 )
+from patcher.given import PatchSource, bundles_with, guards_in, read_patch, resolve, whole_id
 from patcher.problems import json_object, refusal
 from patcher.protocol import (
     ROUTE,
     Change,
     InFlight,
     LedgerEntry,
+    Plan,
     Signed,
     Status,
     StoredPatch,
@@ -41,8 +42,6 @@ from patcher.protocol import (
 if TYPE_CHECKING:
     from patcher.guards import GuardSource
     from patcher.patch import Patch
-
-PatchSource: TypeAlias = "Patch | bytes | str | PathLike[str]"
 
 _CONNECT_S = 5.0
 # A change may wait for running requests to end (``drain``), a check reads whole weights.
@@ -124,8 +123,8 @@ class Engine:
         Raises :class:`~patcher.errors.InvalidPatchError` before any request if the file is
         damaged.
         """
-        read = _read(patch)
-        bundles = _bundles([patch], [read])
+        read = read_patch(patch)
+        bundles = bundles_with([patch], [read])
         uploaded = self._upload(read)
         for patch_id, bundle in bundles:
             self.sign(patch_id, bundle)
@@ -138,12 +137,12 @@ class Engine:
 
         Raises :class:`~patcher.errors.InvalidPatchError` for what is no signature of that patch.
         """
-        path = f"patches/{_whole_id(patch_id)}/signatures"
+        path = f"patches/{whole_id(patch_id)}/signatures"
         return cast(Signed, self._call("POST", path, ("patch", "signer"), content=bundle))
 
     def signatures(self, patch_id: str) -> list[dict[str, Any]]:
         """The signatures of a patch that the engine holds: Sigstore bundles, the oldest first."""
-        path = f"patches/{_whole_id(patch_id)}/signatures"
+        path = f"patches/{whole_id(patch_id)}/signatures"
         answer = self._call("GET", path, ("signatures",))
         return cast("list[dict[str, Any]]", answer["signatures"])
 
@@ -155,7 +154,7 @@ class Engine:
         """The patch of that (whole) id, as the engine holds it."""
         from patcher.patch import Patch
 
-        return Patch.from_bytes(self._request("GET", f"patches/{_whole_id(patch_id)}").content)
+        return Patch.from_bytes(self._request("GET", f"patches/{whole_id(patch_id)}").content)
 
     def apply(
         self,
@@ -188,9 +187,9 @@ class Engine:
         """
         if not patches:
             raise UsageError("No patch to apply.", "Name at least one patch file.")
-        read = [_read(patch) for patch in patches]
-        bundles = _bundles(patches, read, signatures)
-        checked = _guards(guards)
+        read = [read_patch(patch) for patch in patches]
+        bundles = bundles_with(patches, read, signatures)
+        checked = guards_in(guards)
         lasts = None if ttl is None else seconds(ttl)
         status = self.status()
         wanted = list(status["stack"])
@@ -214,6 +213,66 @@ class Engine:
             ttl=lasts,
         )
 
+    def plan(self, *patches: PatchSource, signatures: Sequence[str | PathLike[str]] = ()) -> Plan:
+        """What :meth:`apply` would do: every rank checks and prepares it, and nothing is kept.
+
+        Doesn't raise where the engine would refuse: look at ``ok`` and ``refusals``.
+        """
+        if not patches:
+            raise UsageError("No patch to plan for.", "Name at least one patch file.")
+        read = [read_patch(patch) for patch in patches]
+        body = {
+            "patches": [b64encode(patch.data).decode() for patch in read],
+            "signatures": [
+                b64encode(bundle).decode() for _, bundle in bundles_with(patches, read, signatures)
+            ],
+        }
+        answer = self._call("POST", "plan", ("ok", "refusals"), wait=_VERIFY_S, json=body)
+        return cast(Plan, answer)
+
+    def replace(
+        self,
+        patch: PatchSource,
+        *ids: str,
+        all: bool = False,  # noqa: A002 - the command's own word
+        signatures: Sequence[str | PathLike[str]] = (),
+        in_flight: InFlight = "recompute",
+        reason: str = "",
+        guards: GuardSource | Sequence[GuardSource] = (),
+    ) -> Change:
+        """Put a patch where the lowest of ``ids`` is, and take those out, in one change.
+
+        ``all``: of the whole stack, as after :func:`patcher.patch.merge.merge`. Raises what
+        :meth:`apply` and :meth:`revert` raise.
+        """
+        if all == bool(ids):
+            raise UsageError("Say which patches to replace.", "Give their ids, or ask for all.")
+        read = read_patch(patch)
+        bundles = bundles_with([patch], [read], signatures)
+        checked = guards_in(guards)
+        status = self.status()
+        stack = status["stack"]
+        gone = set(stack if all else resolve(ids, stack))
+        if not gone:
+            raise UnknownPatchError("Nothing is in force.", "Use `patcher apply`.")
+        if read.id in stack:
+            raise AlreadyAppliedError(
+                f"Patch {read.id[:12]} is in force already.", "Nothing was changed."
+            )
+        at = next(place for place, one in enumerate(stack) if one in gone)
+        wanted = [read.id if place == at else one for place, one in enumerate(stack)
+                  if place == at or one not in gone]  # fmt: skip
+        self._upload(read)
+        for patch_id, bundle in bundles:
+            self.sign(patch_id, bundle)
+        return self.set_stack(
+            wanted,
+            expect=status["weight_version"],
+            in_flight=in_flight,
+            reason=reason,
+            guards=checked,
+        )
+
     def revert(
         self,
         *ids: str,
@@ -232,7 +291,7 @@ class Engine:
         """
         if all == bool(ids):
             raise UsageError("Say which patches to revert.", "Give their ids, or ask for all.")
-        checked = _guards(guards)
+        checked = guards_in(guards)
         status = self.status()
         gone = set(status["stack"] if all else resolve(ids, status["stack"]))
         return self.set_stack(
@@ -259,7 +318,7 @@ class Engine:
         :class:`~patcher.errors.StackChangedError` if it isn't the current one any more.
         """
         body: dict[str, Any] = {"stack": list(stack), "in_flight": in_flight, "reason": reason}
-        if checked := _guards(guards):
+        if checked := guards_in(guards):
             body["guards"] = checked
         if ttl is not None:
             body["ttl"] = seconds(ttl)
@@ -354,62 +413,3 @@ class Engine:
             cure = "Is the engine running, and is this its URL?"
         why = "it took too long" if isinstance(error, httpx.TimeoutException) else str(error)
         return EngineUnreachableError(f"No answer from {self.url} ({why or 'no reason'}).", cure)
-
-
-def resolve(prefixes: Iterable[str], stack: Sequence[str]) -> list[str]:
-    """The whole ids of a stack that shortened ones mean.
-
-    Raises :class:`~patcher.errors.UsageError` for an empty one,
-    :class:`~patcher.errors.UnknownPatchError` and
-    :class:`~patcher.errors.AmbiguousIdError`.
-
-    >>> resolve(["beef"], ["beef" + 60 * "0", "cafe" + 60 * "0"]) == ["beef" + 60 * "0"]
-    True
-    """
-    return [_resolve(prefix.strip().lower(), stack) for prefix in prefixes]
-
-
-def _resolve(prefix: str, stack: Sequence[str]) -> str:
-    if not prefix:
-        raise UsageError("An id is empty.", "An id is 64 hexadecimal digits, or its first few.")
-    found = [one for one in stack if one.startswith(prefix)]
-    if not found:
-        raise UnknownPatchError(
-            f"No patch {prefix[:64]} is in force.", "`patcher status` lists those that are."
-        )
-    if len(found) > 1:
-        names = ", ".join(one[: len(prefix) + 8] for one in found)
-        raise AmbiguousIdError(f"{prefix} could be any of {names}.", "Write more of the id.")
-    return found[0]
-
-
-def _whole_id(patch_id: str) -> str:
-    if len(patch_id) != 64 or any(c not in "0123456789abcdef" for c in patch_id):
-        raise UsageError(f"{patch_id!r} is not a whole patch id.", "It has 64 hexadecimal digits.")
-    return patch_id
-
-
-def _read(source: PatchSource) -> Patch:
-    from patcher.patch import Patch
-
-    if isinstance(source, Patch):
-        return source
-    return Patch.from_bytes(source) if isinstance(source, bytes) else Patch.read(source)
-
-
-def _bundles(
-    sources: Sequence[PatchSource],
-    read: Sequence[Patch],
-    named: Sequence[str | PathLike[str]] = (),
-) -> list[tuple[str, bytes]]:
-    from patcher.patch import Patch
-    from patcher.signing import bundles_of
-
-    files = [None if isinstance(one, bytes | Patch) else Path(one) for one in sources]
-    return bundles_of(zip((one.id for one in read), files, strict=True), map(Path, named))
-
-
-def _guards(sources: GuardSource | Sequence[GuardSource]) -> list[dict[str, Any]]:
-    from patcher.guards import read_guards
-
-    return read_guards(sources) if sources else []

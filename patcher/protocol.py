@@ -140,6 +140,44 @@ class Change(TypedDict):
     guards: NotRequired[list[GuardResult]]
 
 
+class Refusal(TypedDict):
+    """Why a planned change would be refused: an error as it would come."""
+
+    code: str
+    message: str
+    cure: str
+    exit_code: int
+
+
+class PlannedModule(TypedDict):
+    """``patches``: that would touch it, the bottom first; ``bytes``: of its weight."""
+
+    patches: list[str]
+    bytes: int
+
+
+class Plan(TypedDict):
+    """What a change would do; nothing was done. ``ok``: whether nothing refuses it.
+
+    ``questions``: what might be a slip. ``signers``: by patch, under the engine's trust policy.
+    ``staged_bytes``: memory beside the live weights while it is prepared, over all ranks of one
+    engine; ``base_bytes``: host memory for pristine copies, as long as it is in force.
+    ``pause_ms``: the median stop of this server's last changes; null before the first.
+    """
+
+    ok: bool
+    stack: list[str]
+    weight_version: str
+    refusals: list[Refusal]
+    questions: list[str]
+    signers: dict[str, list[str]]
+    modules: dict[str, PlannedModule]
+    staged_bytes: int
+    base_bytes: int
+    pause_ms: float | None
+    seconds: float
+
+
 class LiveModule(TypedDict):
     """A rank's part of a weight as it serves: its digest, and whether it is what must be."""
 

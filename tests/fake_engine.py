@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import threading
@@ -141,6 +142,36 @@ class FakeEngine:
         if "guards" in body:
             change["guards"] = [{"guard": g["name"], "ok": True} for g in body["guards"]]
         return json_reply({"change": "c0ffee", **change, "seconds": 0.25, "pause_ms": 31.5})
+
+    def post_plan(self, request: Request) -> Reply:
+        body = json.loads(request.body)
+        new = [Patch.from_bytes(base64.b64decode(one)) for one in body["patches"]]
+        doubled = [p.id for p in new if p.id in self.stack]
+        refusals = [
+            {
+                "code": "already-applied",
+                "message": f"{i[:12]} is there.",
+                "cure": "",
+                "exit_code": 6,
+            }
+            for i in doubled
+        ]
+        stack = [*self.stack, *(p.id for p in new)]
+        return json_reply(
+            {
+                "ok": not refusals,
+                "stack": stack,
+                "weight_version": version_of(stack),
+                "refusals": refusals,
+                "questions": ["Is this meant?"],
+                "signers": {},
+                "modules": {n: {"patches": [p.id], "bytes": 384} for p in new for n in p.deltas},
+                "staged_bytes": 384,
+                "base_bytes": 0,
+                "pause_ms": None,
+                "seconds": 0.1,
+            }
+        )
 
     def post_confirm(self, request: Request) -> Reply:
         wanted = json.loads(request.body)["patches"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from patcher import errors
-from patcher.client import Engine, resolve
+from patcher.client import Engine
 from patcher.errors import (
     AlreadyAppliedError,
     AmbiguousIdError,
@@ -22,6 +22,7 @@ from patcher.errors import (
     UnknownPatchError,
     UsageError,
 )
+from patcher.given import resolve
 from tests.fake_engine import TOKEN, FakeEngine, Reply, json_reply, problem, version_of
 from tests.small_patch import DAMAGES, MODULE, small_patch
 

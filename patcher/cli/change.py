@@ -66,6 +66,31 @@ def revert(
 @click.command()
 @click.argument("ids", nargs=-1, metavar="ID…")
 @click.option("--all", "everything", is_flag=True, help="All patches of the stack.")
+@click.option(
+    "--by", "patch", required=True, type=existing_file, metavar="P.st", help="The new patch."
+)
+@engine_options
+@change_options
+@json_option
+def replace(
+    engine: Engine,
+    ids: tuple[str, ...],
+    everything: bool,
+    patch: Path,
+    as_json: bool,
+    **wishes: Any,
+) -> None:
+    """Put one patch in the place of others, in one change.
+
+    For a new version of a patch, and for one that `patcher merge` made of several. It comes
+    to lie where the lowest of them was.
+    """
+    _print(engine.replace(patch, *ids, all=everything, **wishes), as_json)
+
+
+@click.command()
+@click.argument("ids", nargs=-1, metavar="ID…")
+@click.option("--all", "everything", is_flag=True, help="All patches of the stack.")
 @engine_options
 @json_option
 def confirm(engine: Engine, ids: tuple[str, ...], everything: bool, as_json: bool) -> None:

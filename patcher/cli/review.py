@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from patcher.cli.options import existing_file, json_option
-from patcher.cli.output import facts, note, print_json, size, table
+from patcher.cli.options import engine_options, existing_file, json_option
+from patcher.cli.output import facts, note, print_json, short, size, table
 from patcher.cli.progress import shown_progress
 
 if TYPE_CHECKING:
+    from patcher.client import Engine
+    from patcher.patch import Patch
     from patcher.patch.difference import Difference, ModuleDifference
+    from patcher.protocol import Plan
 
 
 @click.command()
@@ -137,3 +140,97 @@ def merge(
     )
     if worst and not merged.whitened:
         note("The error is of the edit as such; with --model it is of what it adds to outputs.")
+
+
+@click.command()
+@click.argument("patches", nargs=-1, required=True, type=existing_file, metavar="P.st…")
+@click.option(
+    "--signature",
+    "signatures",
+    multiple=True,
+    type=existing_file,
+    metavar="P.st.sig",
+    help="A signature of one of them; those beside the files go with them unasked.",
+)
+@engine_options
+@json_option
+def plan(
+    engine: Engine, patches: tuple[Path, ...], signatures: tuple[Path, ...], as_json: bool
+) -> None:
+    """Show what `apply` would do to a running engine, and do nothing.
+
+    Every rank checks the weights and prepares the change beside them, then lets go of it.
+    Where it would be refused, the exit code is that of the refusal.
+    """
+    from patcher.patch import Patch
+
+    read = [Patch.read(path) for path in patches]
+    found = engine.plan(*patches, signatures=signatures)
+    pairs = _interference(engine, read, found) if found["ok"] else []
+    if as_json:
+        print_json({**found, "interference": pairs})
+    else:
+        _print_plan(found, pairs)
+    if not found["ok"]:
+        raise click.exceptions.Exit(found["refusals"][0]["exit_code"])
+
+
+def _interference(engine: Engine, new: list[Patch], found: Plan) -> list[dict[str, Any]]:
+    """How much the new patches and those in force are in each other's way."""
+    from patcher.patch.compare import compare
+
+    ids = {patch.id for patch in new}
+    below = [engine.download(one) for one in found["stack"] if one not in ids]
+    if len(below) + len(new) < 2:
+        return []
+    told = compare([*below, *new])
+    return [
+        {
+            "first": told.patches[pair.first].id,
+            "second": told.patches[pair.second].id,
+            "interference": pair.interference,
+            "verdict": pair.verdict,
+        }
+        for pair in told.pairs
+        if told.patches[pair.second].id in ids
+    ]
+
+
+def _print_plan(found: Plan, pairs: list[dict[str, Any]]) -> None:
+    for refusal in found["refusals"]:
+        note(f"refused: {refusal['message']} {refusal['cure']}", style="red")
+    for question in found["questions"]:
+        note(f"question: {question}")
+    pause = "not known yet" if found["pause_ms"] is None else f"about {found['pause_ms']:.0f} ms"
+    facts(
+        [
+            ("would be in force", ", ".join(map(short, reversed(found["stack"])))),
+            ("weight version", found["weight_version"]),
+            ("prepared in", f"{found['seconds']:.2f} s"),
+            ("memory", f"{size(found['staged_bytes'])} while it is prepared, "
+                       f"{size(found['base_bytes'])} of the host while it is in force"),
+            ("pause", pause),
+            *((f"signed ({short(i)})", ", ".join(who)) for i, who in found["signers"].items()),
+        ]
+    )  # fmt: skip
+    click.echo()
+    table(
+        ["module", "patches (top first)"],
+        [(n, ", ".join(map(short, reversed(m["patches"])))) for n, m in found["modules"].items()],
+    )
+    if pairs:
+        click.echo()
+        table(
+            ["beneath", "new", ">interference", "verdict"],
+            [
+                (
+                    short(p["first"]),
+                    short(p["second"]),
+                    "–" if p["interference"] is None else f"{p['interference']:.3f}",
+                    p["verdict"],
+                )
+                for p in pairs
+            ],
+        )
+    click.echo()
+    click.echo("Nothing was done." if found["ok"] else "It would be refused; nothing was done.")

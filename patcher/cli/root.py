@@ -21,6 +21,7 @@ SECTIONS = {
     },
     "Review and sign a patch": {
         "diff": "review",
+        "plan": "review",
         "merge": "review",
         "keygen": "trust",
         "sign": "trust",
@@ -30,6 +31,7 @@ SECTIONS = {
         "serve": "serve",
         "apply": "change",
         "revert": "change",
+        "replace": "change",
         "confirm": "change",
     },
     "Look at a running engine": {

@@ -16,6 +16,7 @@ from patcher.durations import LONGEST
 from patcher.engine import spans
 from patcher.engine.auth import Role, authorise
 from patcher.engine.mixed import MixedRequests
+from patcher.engine.planning import plan
 from patcher.engine.service import PatchService
 from patcher.engine.store import Store
 from patcher.errors import (
@@ -26,11 +27,13 @@ from patcher.errors import (
     UsageError,
 )
 from patcher.guards import MAX_GUARDS, Guard
+from patcher.patch import Patch
 from patcher.patch.container import MAX_FILE_BYTES
 from patcher.protocol import ROUTE, InFlight
-from patcher.signing import MAX_BUNDLE_BYTES
+from patcher.signing import MAX_BUNDLE_BYTES, bundle_subject
 
 MAX_BODY_BYTES = 1 << 20  # of a request that isn't a patch
+MAX_PLAN_BYTES = 1 << 28  # patches in base64
 logger = logging.getLogger("vllm.patcher")
 Answer = Callable[[PatchService, Request, str], Awaitable[Response]]
 
@@ -55,6 +58,15 @@ class StackWanted(BaseModel):
     reason: str = Field(default="", max_length=1024)
     guards: list[Guard] = Field(default=[], max_length=MAX_GUARDS)
     ttl: float | None = Field(default=None, gt=0, le=LONGEST, allow_inf_nan=False)
+
+
+class ToPlan(BaseModel):
+    """The body of ``POST plan``: files' bytes and bundles, each in base64."""
+
+    model_config = ConfigDict(extra="forbid", val_json_bytes="base64")
+
+    patches: list[bytes] = Field(min_length=1, max_length=256)
+    signatures: list[bytes] = Field(default=[], max_length=4096)
 
 
 class ToConfirm(BaseModel):
@@ -150,6 +162,20 @@ async def _signatures(service: PatchService, request: Request, actor: str) -> Re
     return JSONResponse({"signatures": [json.loads(bundle) for bundle in found]})
 
 
+async def _plan(service: PatchService, request: Request, actor: str) -> Response:
+    try:
+        wanted = ToPlan.model_validate_json(await _body(request, MAX_PLAN_BYTES, UsageError))
+    except ValidationError:
+        raise UsageError(
+            "The body is no plan.", "Send patches and signatures, each a list of base64."
+        ) from None
+    patches = [await asyncio.to_thread(Patch.from_bytes, data) for data in wanted.patches]
+    bundles: dict[str, list[bytes]] = {}
+    for bundle in wanted.signatures:
+        bundles.setdefault(bundle_subject(bundle) or "", []).append(bundle)
+    return JSONResponse(await plan(service, patches, bundles))
+
+
 async def _put_stack(service: PatchService, request: Request, actor: str) -> Response:
     try:
         wanted = StackWanted.model_validate_json(await _body(request, MAX_BODY_BYTES, UsageError))
@@ -225,6 +251,7 @@ _TABLE: tuple[tuple[str, str, Role, Answer], ...] = (
     ("POST", "/patches/{patch_id}/signatures", Role.apply, _sign),
     ("GET", "/patches/{patch_id}/signatures", Role.read, _signatures),
     ("PUT", "/stack", Role.apply, _put_stack),
+    ("POST", "/plan", Role.apply, _plan),
     ("POST", "/confirm", Role.apply, _confirm),
     ("POST", "/verify", Role.read, _verify),
     ("POST", "/heal", Role.apply, _heal),

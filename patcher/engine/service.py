@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -86,6 +87,7 @@ class PatchService:
         self.ranks = Ranks(client)
         self.transition = Transition(self.ranks, store, spacing)
         self.lifetimes = Lifetimes(store)
+        self.pauses: deque[float] = deque(maxlen=16)  # ms, of the last changes
         self.watched = True  # whether somebody reverts what is overdue
         self._turn = asyncio.Lock()
 
@@ -143,7 +145,7 @@ class PatchService:
         Reads every module that a patch of this engine ever changed, one between two steps:
         patched ones against the fold of the stack, the others against their base.
         """
-        async with self._exclusive():
+        async with self.exclusive():
             stack = self.store.in_force()
             ranks = await self.ranks.probe()
             found: dict[Place, dict[str, Any]] = {place(rank): {} for rank in ranks}
@@ -188,7 +190,7 @@ class PatchService:
         Raises :class:`VerificationError` where a live weight is neither what was put there
         nor its base.
         """
-        async with self._exclusive():
+        async with self.exclusive():
             await self._reconcile("repair")
             await self.transition.heal(self.store.in_force())
         return await self.verify()
@@ -197,7 +199,7 @@ class PatchService:
 
     async def restore(self, occasion: str = "start") -> None:
         """Bring the engine to the stack that must be in force, before it serves."""
-        async with self._exclusive():
+        async with self.exclusive():
             await asyncio.to_thread(self.trust.check_restored, self.store.in_force().ids)
             await self._reconcile(occasion)
             stack = self.store.in_force()
@@ -232,7 +234,7 @@ class PatchService:
         """
         began = time.monotonic()
         arrived = self.store.in_force()  # at once: a thread may be late
-        async with self._exclusive():
+        async with self.exclusive():
             await self._reconcile("repair")
             before = self.store.in_force()
             target = admit(ids, await asyncio.to_thread(self.store.manifests))
@@ -278,6 +280,7 @@ class PatchService:
                 await self._record_if_possible("change-failed", told)
                 raise
             metrics().in_force(target.ids)
+            self.pauses.append(swapped.pause_ms)
         return Outcome(target, time.monotonic() - began, swapped, asked.results)
 
     def _check_lifetime(self, added: list[str]) -> None:
@@ -333,7 +336,7 @@ class PatchService:
             logger.exception("patcher: %s could not be recorded", event)
 
     @asynccontextmanager
-    async def _exclusive(self) -> AsyncIterator[None]:
+    async def exclusive(self) -> AsyncIterator[None]:
         """One change at a time: in this process, and across the processes that share the store."""
         async with self._turn:
             lock = self.store.exclusive()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,14 +88,16 @@ class Trust:
 
         Raises :class:`TrustError` where one may not be in force.
         """
+        signers: dict[str, list[str]] = {}
+        for patch_id in ids if self.policy is not None else ():
+            signers |= self.check_one(Patch.from_bytes(self.store.patch_bytes(patch_id)))
+        return signers
+
+    def check_one(self, patch: Patch, more: Sequence[bytes] = ()) -> dict[str, list[str]]:
+        """The same for a patch that needn't be stored; ``more``: signatures that came with it."""
         if self.policy is None:
             return {}
-        return {
-            i: self.policy.check(
-                Patch.from_bytes(self.store.patch_bytes(i)), self.store.signatures(i)
-            )
-            for i in ids
-        }
+        return {patch.id: self.policy.check(patch, [*self.store.signatures(patch.id), *more])}
 
     def check_restored(self, ids: Iterable[str]) -> None:
         """The same at a start, which then ends without serving."""

@@ -142,15 +142,21 @@ class Transition:
         digests: dict[str, dict[Place, str]] = {}
         manifests = await asyncio.to_thread(self.store.manifests)
         for name in sorted({n for s in served for n in s.changed_modules(target, manifests)}):
-            replies = [
-                r for r in await self.ranks.call("patcher_stage", change_id, name) if r["holds"]
-            ]
-            if not replies:
-                raise BaseMismatchError(
-                    f"The served model has no module {name}.",
-                    "The patch was computed for another architecture.",
-                )
-            digests[name] = {place(r): r["digest"] for r in replies}
+            digests[name] = await self.stage_module(change_id, name)
+        return digests
+
+    async def stage_module(self, change_id: str, name: str) -> dict[Place, str]:
+        """Prepare one module on every rank that holds it; its digests by rank.
+
+        Raises :class:`BaseMismatchError` where none does, and what a rank refuses with.
+        """
+        replies = await self.ranks.call("patcher_stage", change_id, name)
+        digests = {place(r): r["digest"] for r in replies if r["holds"]}
+        if not digests:
+            raise BaseMismatchError(
+                f"The served model has no module {name}.",
+                "The patch was computed for another architecture.",
+            )
         return digests
 
     async def _swap(

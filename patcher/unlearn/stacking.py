@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..client import Engine, resolve
+from ..client import Engine
 from ..engine.stack import admit
 from ..errors import BaseMismatchError, UnknownPatchError, UsageError
+from ..given import resolve
 from ..kernels import fold
 from ..patch import Patch, check_module
 from .facts import Fact, Source, read_facts
