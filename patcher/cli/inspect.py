@@ -17,8 +17,14 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("path", type=existing_file, metavar="P.st")
+@click.option(
+    "--report",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE.html",
+    help="Write it as a page with plots, too, which opens offline.",
+)
 @json_option
-def inspect(path: Path, as_json: bool) -> None:
+def inspect(path: Path, report: Path | None, as_json: bool) -> None:
     """Show what a patch file holds and whether it is sound.
 
     Every byte of it is read and checked; exit code 3 if it is damaged or malformed.
@@ -26,6 +32,10 @@ def inspect(path: Path, as_json: bool) -> None:
     from patcher.patch import Patch
 
     patch = Patch.read(path)
+    if report is not None:
+        from patcher.evaluation.patch_page import write_patch_page
+
+        write_patch_page(report, patch)
     if as_json:
         print_json(_document(path, patch))
     else:

@@ -88,14 +88,14 @@ def page(reports: Reports, *, with_texts: bool = False) -> str:
     else:
         parts += [_heading("Side by side"), tables.comparison(entries)]
         parts += _front(entries)
-        parts += _plot(
+        parts += figure(
             "What it costs as facts grow: other facts",
             plots.damage_by_facts(entries),
             "Share of the retain file's facts, of those that the base answers, that are no longer "
             "answered, over the number of facts forgotten. Points: evaluations with their 95 % "
             "interval; lines: their mean.",
         )
-        parts += _plot(
+        parts += figure(
             "What it costs as facts grow: text",
             plots.perplexity_by_facts(entries),
             "Perplexity of the patched weights over the base's, on the same text.",
@@ -104,11 +104,16 @@ def page(reports: Reports, *, with_texts: bool = False) -> str:
             body = "\n".join([_about(entry), *_one(entry, report, with_texts)])
             parts.append(f"<details><summary>{escape(entry.name)}</summary>\n{body}\n</details>")
     parts.append(_definitions(entries))
+    return shell("patcher evaluate", parts)
+
+
+def shell(title: str, parts: Sequence[str]) -> str:
+    """A whole page of ``parts``, which are HTML; nothing in it is fetched from elsewhere."""
     body = "\n".join(parts)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>patcher evaluate</title>\n<style>{_STYLE}</style>\n</head>\n"
+        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n"
         f"<body>\n{body}\n</body>\n</html>\n"
     )
 
@@ -141,7 +146,7 @@ def _about(entry: Entry) -> str:
 
 
 def _front(entries: Sequence[Entry]) -> list[str]:
-    return _plot(
+    return figure(
         "Efficacy against damage",
         plots.efficacy_against_damage(entries),
         "Lower left is best: nothing of what is to be forgotten is answered, and nothing else is "
@@ -158,38 +163,38 @@ def _one(entry: Entry, report: EvaluationReport, with_texts: bool) -> list[str]:
     if document["skipped"]:
         why = "; ".join(f"{escape(n)}: {escape(w)}" for n, w in document["skipped"].items())
         parts.append(f'<p class="soft">Not asked: {why}.</p>')
-    parts += _plot(
+    parts += figure(
         "Relearning",
         plots.relearning(document),
         "Facts of the half that is not taught that are answered, after so many steps of teaching "
         "the other half.",
     )
-    parts += _plot(
+    parts += figure(
         "What a linear read-out still knows",
         plots.readable(document),
         f"Share of the {facts} facts whose answer's first token is in the top ten when a layer's "
         "output goes straight to the head.",
     )
-    parts += _plot(
+    parts += figure(
         "Answers before and after",
         plots.before_and_after(document),
         f"One point for each of the {facts} facts. On the dashed line nothing has changed; far "
         "below it the answer has become unlikely.",
     )
     parts += _part("Fact by fact", tables.by_fact(report, with_texts))
-    parts += _plot(
+    parts += figure(
         "Damage by layer",
         plots.damage_by_layer(document),
         f"Each edited module alone, the others as in the base; of the "
         f"{document['retain']['known']} retained facts that the base answers.",
     )
-    parts += _plot(
+    parts += figure(
         "How far each module moved",
         plots.changes(document),
         "Frobenius norms, of the weights as they are served.",
     )
     parts += _part("Module by module", tables.modules(document))
-    parts += _plot(
+    parts += figure(
         "Damage by group of retained facts",
         plots.damage_by_group(document),
         "Groups are the rows' group or relation; each bar is of the facts that the base answers.",
@@ -214,7 +219,8 @@ def _definitions(entries: Sequence[Entry]) -> str:
     )
 
 
-def _plot(title: str, plot: str | None, words: str) -> list[str]:
+def figure(title: str, plot: str | None, words: str) -> list[str]:
+    """A plot under its title, with a caption; nothing where there is no plot."""
     if plot is None:
         return []
     caption = f"<figcaption>{escape(words)}</figcaption>"

@@ -16,9 +16,7 @@ def frobenius(left: Matrix, right: Matrix) -> float:
 
 def spectral(left: Matrix, right: Matrix) -> float:
     """``||left right||_2``: the same singular values stand in the product of two R factors."""
-    a = np.asarray(np.linalg.qr(left.astype(np.float64), mode="r"))
-    b = np.asarray(np.linalg.qr(right.astype(np.float64).T, mode="r"))
-    return float(np.linalg.svd(a @ b.T, compute_uv=False)[0])
+    return float(singular_values(left, right)[0])
 
 
 def gain(left: Matrix, right: Matrix) -> float:
@@ -32,3 +30,10 @@ def gain(left: Matrix, right: Matrix) -> float:
     inside = np.eye(basis.shape[1]) + (basis.T @ a) @ (b @ basis)
     largest = float(np.linalg.svd(inside, compute_uv=False)[0])
     return largest if basis.shape[1] == a.shape[0] else max(1.0, largest)
+
+
+def singular_values(left: Matrix, right: Matrix) -> npt.NDArray[np.float64]:
+    """The ``r`` singular values of ``left right`` that can differ from zero, the largest first."""
+    a = np.asarray(np.linalg.qr(left.astype(np.float64), mode="r"))
+    b = np.asarray(np.linalg.qr(right.astype(np.float64).T, mode="r"))
+    return np.asarray(np.linalg.svd(a @ b.T, compute_uv=False))

@@ -10,15 +10,19 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from patcher.errors import UsageError
 from patcher.evaluation import EvaluationReport, write_page
 from patcher.evaluation.definitions import DEFINITIONS, USUAL
 from patcher.evaluation.page import page
+from patcher.evaluation.patch_page import patch_page
 from patcher.evaluation.probes import PROBES
 from patcher.evaluation.report import Count
 from patcher.evaluation.svg import Axis, Bar, Point, axis, bars, plane
+from tests.cli.running import run
+from tests.small_patch import MODULE, small_patch
 
 from . import bigram
 
@@ -268,3 +272,22 @@ def test_an_axis_of_one_value_has_room() -> None:
     assert axis("x", [0.0], zero=True).high > 0
     single = axis("x", [5.0])
     assert single.low < 5 < single.high
+
+
+def test_a_patch_as_a_page_for_reviewers(tmp_path: Path) -> None:
+    patch = small_patch(0, "<script>alert(1)</script>")
+    read = Reader(patch_page(patch))
+    assert not [tag for tag, _ in read.tags if tag in ("script", "link", "img")]
+    assert ["title", "<script>alert(1)</script>"] in read.rows
+    (delta,) = patch.deltas.values()
+    row = next(row for row in read.rows if row[0] == MODULE and len(row) == 8)
+    assert row[2:5] == ["2", f"{delta.norm:.4g}", f"{delta.spectral_norm:.4g}"]
+    circles = [named for tag, named in read.tags if tag == "circle" and named.get("r") == "4"]
+    assert len(circles) == delta.rank
+    values = np.linalg.svd(delta.left.astype(float) @ delta.right, compute_uv=False)[:2]
+    assert all(f"{MODULE}: {value:.4g}" in read.text for value in values)
+    file, page_file = tmp_path / "p.st", tmp_path / "p.html"
+    patch.write(file)
+    assert run("inspect", file, "--report", page_file).exit_code == 0
+    assert page_file.read_text() == patch_page(patch)
+    assert run("inspect", file, "--report", tmp_path / "no" / "p.html").exit_code == 2
