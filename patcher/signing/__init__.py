@@ -7,6 +7,7 @@ its digest. ``model_signing`` is imported only where a bundle is made or checked
 from __future__ import annotations
 
 from .bundles import MAX_BUNDLE_BYTES, Identity, bundle_subject, bundles_of, sign
+from .envelope import enveloped, opened
 from .keys import fingerprint, generate
 from .policy import TrustPolicy
 
@@ -16,7 +17,9 @@ __all__ = [
     "TrustPolicy",
     "bundle_subject",
     "bundles_of",
+    "enveloped",
     "fingerprint",
     "generate",
+    "opened",
     "sign",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from ..errors import TrustError, UsageError
 from ..patch import files
@@ -37,21 +38,25 @@ def generate(path: Path, password: bytes | None = None) -> tuple[Path, Path, str
     return private, public, hashlib.sha256(told).hexdigest()
 
 
-def fingerprint(path: Path) -> str:
+def fingerprint(key: Any) -> str:
     """The SHA-256, in hex, of a public key's PEM: what a bundle and a trust policy name it by.
 
+    ``key``: a file in PEM, or a key of ``cryptography``'s.
+
     Raises:
-        TrustError: the file holds no public key on one of the curves P-256, P-384 and P-521.
+        TrustError: it is no public key on one of the curves P-256, P-384 and P-521.
     """
     serialization = needed("cryptography.hazmat.primitives.serialization")
     try:
-        key = serialization.load_pem_public_key(path.read_bytes())
-        curve = key.curve.name
+        public = (
+            serialization.load_pem_public_key(key.read_bytes()) if isinstance(key, Path) else key
+        )
+        curve = public.curve.name
     except (OSError, ValueError, AttributeError) as error:
-        raise _no_key(path) from error
+        raise _no_key(key) from error
     if curve not in ("secp256r1", "secp384r1", "secp521r1"):
-        raise _no_key(path)
-    return hashlib.sha256(_public_pem(key)).hexdigest()
+        raise _no_key(key)
+    return hashlib.sha256(_public_pem(public)).hexdigest()
 
 
 def needed(name: str) -> ModuleType:
@@ -78,8 +83,8 @@ def _public_pem(key: object) -> bytes:
     return pem
 
 
-def _no_key(path: Path) -> TrustError:
+def _no_key(key: Any) -> TrustError:
     return TrustError(
-        f"{path} holds no public key that signatures can be checked with.",
+        f"{key if isinstance(key, Path) else 'That'} is no public key that checks signatures.",
         "Name a PEM file with an elliptic curve key, as `patcher keygen` makes.",
     )
