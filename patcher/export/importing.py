@@ -39,8 +39,8 @@ _SHOWN = 8  # names in a message
 class Figures(NamedTuple):
     """How far a module's patch is from what was imported, relative to the size of the edit.
 
-    ``error``: before rounding, Frobenius norms. ``rounded_error``: the weights as they are
-    served against those wanted, in the served dtype.
+    By Frobenius norms. ``error``: before the weights are rounded; ``rounded_error``: of the
+    weights as they are served, 0 where they are the wanted ones to the bit.
     """
 
     error: float
@@ -108,7 +108,7 @@ def figures(wanted: torch.Tensor, base: torch.Tensor, delta: Delta) -> Figures:
     if exact.kind == "multiplicative":
         right = right @ base.double()
     served = fold(base, [exact])
-    off = served.double() - wanted.to(torch.float32).to(base.dtype).double()
+    off = served.double() - wanted
     found = Figures(
         float((base.double() + left @ right - wanted).norm() / size), float(off.norm() / size)
     )

@@ -57,7 +57,9 @@ def patch_on(
         right = torch.randn(rank, width, generator=draw) * scale
         modules[name] = module_base(weight)
         deltas[name] = getattr(Delta, kind)(left, right)
-    return Patch.build(random_manifest("a random edit", modules, seed, **fields), deltas)
+    made = random_manifest("a random edit", modules, seed, **fields)
+    of = made.base.model_copy(update={"architecture": type(model).__name__})
+    return Patch.build(made.model_copy(update={"base": of}), deltas)
 
 
 def fold_into(model: Any, *patches: Patch) -> Any:
