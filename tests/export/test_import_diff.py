@@ -245,7 +245,7 @@ def test_another_family_is_refused(tmp_path: Path, llama: Path) -> None:
 def test_wrong_words(tmp_path: Path, llama: Path) -> None:
     for wishes in ({"rank": 0}, {"dtype": "int8"}):
         with pytest.raises(UsageError):
-            from_checkpoints(llama, llama, tmp_path / "p.st", **wishes)  # type: ignore[arg-type]
+            from_checkpoints(llama, llama, tmp_path / "p.st", **wishes)
     with pytest.raises(UsageError, match="no folder"):
         from_checkpoints(llama, llama, tmp_path / "nowhere" / "p.st")
 
