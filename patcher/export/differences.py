@@ -13,7 +13,7 @@ from ..patch import module_base
 from ..unlearn.progress import Progress, Silent
 from .checkpoints import FLOATS, Checkpoint, open_checkpoint
 from .factors import factored
-from .importing import Imported, check_output, figures, named, reason_against, write_patch
+from .importing import Imported, check_wishes, figures, named, reason_against, write_patch
 
 _EXPERT = re.compile(r"(?P<mixture>.+\.experts)\.\d+\.(?P<inner>.+)\.weight")
 # Constants that some programs save with the weights and others make again.
@@ -44,12 +44,12 @@ def from_checkpoints(
         ModelError: a checkpoint can't be read, they are of different models, or equal, or
             differ where no patch can.
         UsageError: an unknown dtype, a rank below 1, or the place can't be written.
-        InvalidPatchError: the patch would be larger than the format allows.
+        InvalidPatchError: the patch would break a bound of the format.
     """
     told = progress or Silent()
     if rank is not None and rank < 1:
         raise UsageError(f"A rank is at least 1, not {rank}.", "Leave out --rank, or raise it.")
-    check_output(output)
+    check_wishes(output, title)
     old, new = open_checkpoint(base), open_checkpoint(edited)
     served = old.served(dtype)
     names = _changed(old, new, served, told)

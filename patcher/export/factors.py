@@ -31,7 +31,7 @@ def factored(
     exact = int((1e-12 * S[0] < S).sum())
     edge = float(rounding_edge(wanted, grain))
     if rank is None:
-        rank = min(exact, max(1, int((edge < S).sum())))
+        rank = min(exact, max(1, int(S.gt(edge).sum())))
     else:
         rank = min(exact, rank)
         edge = float(S[rank]) if rank < exact else 1e-9 * float(S[0])

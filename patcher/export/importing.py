@@ -24,6 +24,8 @@ from ..patch import (
     commitment,
     owner_salt,
 )
+from ..patch.container import MAX_FILE_BYTES
+from ..patch.manifest import MAX_TEXT
 from .checkpoints import Checkpoint
 
 # Projections that vLLM serves fused with others (0.32: stacked_params_mapping), so that an
@@ -134,9 +136,11 @@ def write_patch(
     """Write the patch. It names no request: nobody's forget set is known here.
 
     Raises:
-        InvalidPatchError: it breaks a bound of the format.
+        ModelError: it would be larger than the format allows.
+        InvalidPatchError: it breaks another bound of the format.
         UsageError: the place, or the owner's salt, can't be written.
     """
+    _check_size(deltas)
     manifest = Manifest(
         title=title,
         base=Base(model=checkpoint.name, architecture=checkpoint.class_name, modules=dict(bases)),
@@ -155,13 +159,27 @@ def write_patch(
     return Imported(Path(output), patch, found)
 
 
-def check_output(output: str | os.PathLike[str]) -> None:
+def check_wishes(output: str | os.PathLike[str], title: str | None) -> None:
     """Fail before the work where the patch file couldn't be written.
 
     Raises:
-        UsageError: its folder isn't there.
+        UsageError: its folder isn't there, or the title can't stand in a manifest.
     """
     if not Path(output).absolute().parent.is_dir():
         raise UsageError(
             f"There is no folder {Path(output).absolute().parent}.", "Make it, or name another."
+        )
+    if title is not None and (len(title) > MAX_TEXT or not title.isprintable()):
+        raise UsageError(
+            f"A title has at most {MAX_TEXT} characters, all printable.", "Give another title."
+        )
+
+
+def _check_size(deltas: Mapping[str, Delta]) -> None:
+    """Raise ModelError where the factors, in float32, are more than a patch file may hold."""
+    size = sum(delta.left.nbytes + delta.right.nbytes for delta in deltas.values())
+    if size > MAX_FILE_BYTES:
+        raise ModelError(
+            f"The patch would be larger than a patch file may be, {MAX_FILE_BYTES} bytes.",
+            "Import a lower rank (--diff with --rank), or fewer modules at a time.",
         )

@@ -17,7 +17,7 @@ from ..patch import Delta, module_base
 from ..unlearn.progress import Progress, Silent
 from .adapters import PREFIX, SETTINGS, WEIGHTS
 from .checkpoints import Checkpoint, open_checkpoint
-from .importing import Imported, check_output, figures, named, reason_against, write_patch
+from .importing import Imported, check_wishes, figures, named, reason_against, write_patch
 
 _KEY = re.compile(re.escape(PREFIX) + r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 # Of PEFT 0.21's settings those that make an adapter more, or other, than W + s B A.
@@ -71,10 +71,10 @@ def from_peft(
         ModelError: the adapter is damaged, is more than a LoRA, changes nothing or what an
             engine can't patch; or the model can't be read, or isn't the adapter's.
         UsageError: an unknown dtype, or the place can't be written.
-        InvalidPatchError: the patch would be larger than the format allows.
+        InvalidPatchError: the patch would break a bound of the format.
     """
     told = progress or Silent()
-    check_output(output)
+    check_wishes(output, title)
     settings = _settings(Path(folder))
     loras = _loras(Path(folder), settings)
     _check_modules(loras)

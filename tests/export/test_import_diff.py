@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from patcher.errors import ModelError, PatcherError, UsageError
-from patcher.export import from_checkpoints, to_checkpoint, to_peft
+from patcher.export import from_checkpoints, importing, to_checkpoint, to_peft
 from patcher.export.factors import factored, rounding_edge
 from patcher.patch import Patch, commitment, owner_salt
 from tests.engine import families
@@ -233,6 +233,14 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path, llama: Path) -> 
     refused(tmp_path, llama, edited, "not finite")
 
 
+def test_a_patch_beyond_the_formats_bound_is_refused(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importing, "MAX_FILE_BYTES", 100)
+    edited = edited_by(tmp_path, llama, lambda held: None)
+    assert "--rank" in refused(tmp_path, llama, edited, "larger").cure
+
+
 def test_equal_checkpoints_are_refused(tmp_path: Path, llama: Path) -> None:
     refused(tmp_path, llama, llama, "the same")
 
@@ -246,6 +254,9 @@ def test_wrong_words(tmp_path: Path, llama: Path) -> None:
     for wishes in ({"rank": 0}, {"dtype": "int8"}):
         with pytest.raises(UsageError):
             from_checkpoints(llama, llama, tmp_path / "p.st", **wishes)
+    for title in ("a\033[31m", "x" * 2000):
+        with pytest.raises(UsageError, match="title"):
+            from_checkpoints(llama, llama, tmp_path / "p.st", title=title)
     with pytest.raises(UsageError, match="no folder"):
         from_checkpoints(llama, llama, tmp_path / "nowhere" / "p.st")
 
