@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from importlib import import_module
+from keyword import iskeyword
 from typing import Any
 
 import click
@@ -39,6 +40,10 @@ SECTIONS = {
         "verify": "look",
         "log": "look",
     },
+    "Ways out and in": {
+        "export": "ways",
+        "import": "ways",
+    },
     "Set up": {
         "doctor": "setup",
         "completion": "setup",
@@ -58,7 +63,8 @@ class Root(click.Group):
         for section in SECTIONS.values():
             if cmd_name in section:
                 module = import_module(f"patcher.cli.{section[cmd_name]}")
-                command: click.Command = getattr(module, cmd_name.replace("-", "_"))
+                own = f"{cmd_name}_" if iskeyword(cmd_name) else cmd_name.replace("-", "_")
+                command: click.Command = getattr(module, own)
                 return command
         return None
 

@@ -172,15 +172,15 @@ def load(model: str | Path, dtype: str = "auto", device: str = "auto") -> Model:
     where = place(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise UsageError(f"Unknown dtype {dtype!r}.", f"Choose auto or {', '.join(DTYPES)}.")
-    name = _resolve(model)
+    name = resolve(model)
     with quiet():
-        config = _config(name)
+        config = configuration(name)
         architecture = _architecture(config)
-        served = DTYPES[dtype] if dtype != "auto" else _served(config)
+        served = DTYPES[dtype] if dtype != "auto" else served_dtype(config)
         network = _network(name, config, served)
         tokenizer = _tokenizer(name)
     network = network.float().to(where).eval().requires_grad_(False)
-    loaded = Model(_title(name), network, tokenizer, architecture, served)
+    loaded = Model(title(name), network, tokenizer, architecture, served)
     _check(loaded)
     return loaded
 
@@ -193,16 +193,16 @@ def outline(model: str | Path) -> Model:
     """
     from transformers import AutoModelForCausalLM
 
-    name = _resolve(model)
+    name = resolve(model)
     with quiet(), torch.device("meta"):
-        config = _config(name)
+        config = configuration(name)
         architecture = _architecture(config)
         maker: Any = AutoModelForCausalLM
         try:
             network = maker.from_config(config)
         except Exception as error:
             raise _unreadable(name, error) from None
-    found = Model(_title(name), network, None, architecture, _served(config))
+    found = Model(title(name), network, None, architecture, served_dtype(config))
     _check(found)
     return found
 
@@ -225,7 +225,12 @@ def place(device: str) -> torch.device:
     return where
 
 
-def _resolve(model: str | Path) -> str:
+def resolve(model: str | Path) -> str:
+    """The directory as it was given, or a hub id.
+
+    Raises:
+        ModelError: neither.
+    """
     path = Path(model)
     try:
         if path.is_dir():
@@ -246,12 +251,17 @@ def _resolve(model: str | Path) -> str:
     return str(model)
 
 
-def _title(name: str) -> str:
+def title(name: str) -> str:
     """What a manifest says: a hub id as it is, of a path the last part only."""
     return Path(name).resolve().name if Path(name).is_dir() else name
 
 
-def _config(name: str) -> Any:
+def configuration(name: str) -> Any:
+    """transformers' configuration of a directory or hub id.
+
+    Raises:
+        ModelError: there is none that can be read.
+    """
     from transformers import AutoConfig
 
     try:
@@ -289,7 +299,8 @@ def _dequantise(config: Any) -> None:
     given["dequantize"] = True
 
 
-def _served(config: Any) -> torch.dtype:
+def served_dtype(config: Any) -> torch.dtype:
+    """What vLLM serves such a checkpoint in where nobody says: float32 counts as bfloat16."""
     stored = getattr(config, "dtype", None)
     if isinstance(stored, str):
         stored = DTYPES.get(stored)
