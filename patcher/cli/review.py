@@ -234,3 +234,51 @@ def _print_plan(found: Plan, pairs: list[dict[str, Any]]) -> None:
         )
     click.echo()
     click.echo("Nothing was done." if found["ok"] else "It would be refused; nothing was done.")
+
+
+@click.command()
+@click.argument("path", type=existing_file, metavar="P.st")
+@click.option(
+    "--onto", "model", required=True, metavar="DIR_OR_HUB_ID", help="The model to move it to."
+)
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The new patch file.",
+)
+@click.option(
+    "--dtype", default="auto", show_default=True, help="What that model will be served in."
+)
+@json_option
+def rebase(path: Path, model: str, output: Path, dtype: str, as_json: bool) -> None:
+    """Make a patch fit the same weights under other names, or served in another dtype.
+
+    The edit stays as it is. Where the weights themselves are others, the patch must be
+    computed again: exit code 4.
+    """
+    from patcher.export import rebase as run
+    from patcher.patch import Patch
+
+    patch = Patch.read(path)
+    found = run(patch, model, dtype=dtype)
+    found.patch.write(output)
+    if as_json:
+        print_json(
+            {
+                "id": found.patch.id,
+                "path": str(output),
+                "bytes": len(found.patch.data),
+                "from": patch.id,
+                "dtype": found.dtype,
+                "modules": found.names,
+            }
+        )
+        return
+    facts([("file", output), ("id", found.patch.id), ("to be served in", found.dtype)])
+    moved = [(old, new) for old, new in found.names.items() if old != new]
+    if moved:
+        click.echo()
+        table(["was", "is"], moved)
+    note("Its figures were measured on the other one: measure again with `patcher evaluate`.")

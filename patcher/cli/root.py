@@ -24,6 +24,7 @@ SECTIONS = {
         "diff": "review",
         "plan": "review",
         "merge": "review",
+        "rebase": "review",
         "keygen": "trust",
         "sign": "trust",
         "verify-file": "trust",
