@@ -28,7 +28,7 @@ demo: install model ## the main job on real input: forget while serving, and tak
 	@.venv/bin/python bench/demo.py
 
 test: install model ## the whole suite (PYTEST="-k name" for a part)
-	@.venv/bin/python -m pytest $(PYTEST)
+	@.venv/bin/python -m pytest -n 2 --dist loadgroup $(PYTEST)
 
 torture: install model ## kill -9 at 200 random points of a change (about two hours)
 	@.venv/bin/python -m bench.torture

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,28 @@ from tests.small_patch import small_patch
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# `make test` runs two workers of pytest-xdist: engines one after another on the one, with both
+# cores when they want them; everything else on the other, with what is left.
+XDIST = "PYTEST_XDIST_WORKER" in os.environ
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not XDIST:
+        return
+    for item in items:
+        if _starts_engines(item):
+            item.add_marker(pytest.mark.xdist_group("engine"))
+    items.sort(key=lambda item: not _starts_engines(item))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if XDIST and not _starts_engines(item):
+        os.nice(19)
+
+
+def _starts_engines(item: pytest.Item) -> bool:
+    return item.get_closest_marker("engine") is not None
 
 
 @pytest.fixture(scope="session")

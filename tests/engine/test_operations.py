@@ -21,6 +21,7 @@ from tests.engine.patches import module_name, random_patch
 from tests.engine.server import Server, serving
 from tests.engine.test_refusals import patcher
 from tests.engine.tiny import tiny_llama
+from tests.signing.reviewers import Reviewers
 
 pytestmark = pytest.mark.engine
 
@@ -81,9 +82,24 @@ def collector() -> Iterator[Collector]:
 
 
 @pytest.fixture(scope="module")
+def people(tmp_path_factory: pytest.TempPathFactory) -> Reviewers:
+    return Reviewers(tmp_path_factory.mktemp("people"))
+
+
+@pytest.fixture(scope="module")
+def revoked(model: Path) -> Patch:
+    return random_patch(model, 2, layers=LAYERS)
+
+
+@pytest.fixture(scope="module")
 def watched(
-    model: Path, collector: Collector, tmp_path_factory: pytest.TempPathFactory
+    model: Path,
+    collector: Collector,
+    people: Reviewers,
+    revoked: Patch,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Server]:
+    head = f'signatures = 2\nunsigned = true\nrevoked-patches = ["{revoked.id}"]'
     server = Server(
         model,
         tmp_path_factory.mktemp("server"),
@@ -94,6 +110,7 @@ def watched(
         f"http://127.0.0.1:{collector.server_port}/v1/traces",
         environment={
             "VLLM_SERVER_DEV_MODE": "1",
+            "PATCHER_TRUST": str(people.policy(head, "alice", "bob", "carol")),
             "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
             "OTEL_BSP_SCHEDULE_DELAY": "200",
         },
@@ -189,6 +206,42 @@ def test_a_change_is_a_span_in_its_callers_trace(
     )
     assert refused.status.code == 2
     assert not refused.events  # an exception's own text could tell of the forget set
+
+
+def test_two_of_three_reviewers_must_have_signed(
+    watched: Server,
+    engine: Engine,
+    model: Path,
+    people: Reviewers,
+    revoked: Patch,
+    tmp_path: Path,
+) -> None:
+    patch = random_patch(model, 3, layers=LAYERS)
+    file = tmp_path / "p.st"
+    patch.write(file)
+
+    def call(*words: object) -> tuple[int, Any]:
+        return patcher(*map(str, words), token=watched.token, url=watched.url)
+
+    (tmp_path / "p.st.alice.sig").write_bytes(people.bundle("alice", patch))
+    code, answer = call("apply", file)
+    assert (code, answer["error"]["rule"]) == (5, "signatures")
+    assert call("plan", file)[0] == 5
+    assert engine.status()["stack"] == []
+    trust = engine.status()["trust"]
+    assert trust is not None
+    assert trust["signers"] == ["alice", "bob", "carol"]
+    (tmp_path / "p.st.carol.sig").write_bytes(people.bundle("carol", patch))
+    code, answer = call("apply", file)
+    assert (code, answer.get("stack")) == (0, [patch.id])
+    assert len(engine.signatures(patch.id)) == 2
+    done = [e for e in engine.ledger() if e["event"] == "change-done"][-1]
+    assert done["detail"]["signers"] == {patch.id: ["alice", "carol"]}
+    (started,) = [e for e in engine.ledger() if e["event"] == "start"]
+    assert started["detail"]["trust"]["policy"] == trust["policy"]
+    revoked.write(tmp_path / "revoked.st")
+    code, answer = call("apply", tmp_path / "revoked.st")
+    assert (code, answer["error"]["rule"]) == (5, "revoked-patches")
 
 
 def test_a_reload_is_seen_and_the_next_change_heals_it(
