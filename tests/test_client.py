@@ -344,7 +344,7 @@ def test_every_error_has_its_own_exit_code_or_its_parents() -> None:
         "engine-refused": 8,
         "verification-failed": 9, "not-permitted": 10, "role-too-weak": 10, "bad-input": 11,
         "bad-forget-set": 11, "bad-model": 11, "not-finite": 11, "not-enough-memory": 11,
-        "bars-not-met": 12, "guard-breached": 13,
+        "bars-not-met": 12, "guard-breached": 13, "not-shipped": 14,
     }  # fmt: skip
     assert {kind.code: kind.exit_code for kind in subclasses(PatcherError)} == wanted
     assert all(errors.by_code(code).exit_code == wanted[code] for code in wanted)

@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from patcher.cli.options import change_options, engine_options, existing_file, json_option
+from patcher.cli.options import (
+    change_options,
+    engine_options,
+    existing_file,
+    json_option,
+    patch_file,
+)
 from patcher.cli.output import facts, print_json, short
 
 if TYPE_CHECKING:
@@ -16,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("patches", nargs=-1, required=True, type=existing_file, metavar="P.st…")
+@click.argument("patches", nargs=-1, required=True, type=patch_file, metavar="P.st|URL…")
 @click.option(
     "--ttl",
     metavar="TIME",
@@ -67,7 +73,7 @@ def revert(
 @click.argument("ids", nargs=-1, metavar="ID…")
 @click.option("--all", "everything", is_flag=True, help="All patches of the stack.")
 @click.option(
-    "--by", "patch", required=True, type=existing_file, metavar="P.st", help="The new patch."
+    "--by", "patch", required=True, type=patch_file, metavar="P.st|URL", help="The new patch."
 )
 @engine_options
 @change_options

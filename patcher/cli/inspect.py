@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from patcher.cli.options import existing_file, json_option
+from patcher.cli.options import json_option, patch_file
 from patcher.cli.output import facts, print_json, short, size, table
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("path", type=existing_file, metavar="P.st")
+@click.argument("path", type=patch_file, metavar="P.st|URL")
 @click.option(
     "--report",
     type=click.Path(dir_okay=False, path_type=Path),

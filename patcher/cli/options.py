@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -17,6 +18,39 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 _LONGEST_SECRET_FILE = 4096  # bytes
 
 existing_file = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+class PatchFile(click.ParamType[Path]):
+    """A patch file's path; a URL is pulled to a temporary folder, with its signatures."""
+
+    name = "patch"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """The path of the file, or of what was pulled."""
+        from patcher.shipping.places import is_remote
+
+        if isinstance(value, str) and is_remote(value) and ctx is not None:
+            return _pulled(value, ctx)
+        path: Path = existing_file.convert(value, param, ctx)
+        return path
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> Any:
+        """Files, as for a path."""
+        return existing_file.shell_complete(ctx, param, incomplete)
+
+
+def _pulled(url: str, ctx: click.Context) -> Path:
+    from patcher.shipping import pull
+    from patcher.shipping.moving import save
+
+    patch, beside = pull(url)
+    folder = ctx.with_resource(tempfile.TemporaryDirectory(prefix="patcher-"))
+    path = Path(folder) / "patch.st"
+    save(patch, beside, path)
+    return path
+
+
+patch_file = PatchFile()
 
 
 def json_option(command: Command) -> Command:

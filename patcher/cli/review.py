@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from patcher.cli.options import engine_options, existing_file, json_option
+from patcher.cli.options import engine_options, existing_file, json_option, patch_file
 from patcher.cli.output import facts, note, print_json, short, size, table
 from patcher.cli.progress import shown_progress
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("first", type=existing_file, metavar="A.st")
-@click.argument("second", type=existing_file, metavar="B.st")
+@click.argument("first", type=patch_file, metavar="A.st")
+@click.argument("second", type=patch_file, metavar="B.st")
 @json_option
 def diff(first: Path, second: Path, as_json: bool) -> None:
     """Show what differs between two patch files.
@@ -143,7 +143,7 @@ def merge(
 
 
 @click.command()
-@click.argument("patches", nargs=-1, required=True, type=existing_file, metavar="P.st…")
+@click.argument("patches", nargs=-1, required=True, type=patch_file, metavar="P.st|URL…")
 @click.option(
     "--signature",
     "signatures",

@@ -28,6 +28,8 @@ SECTIONS = {
         "keygen": "trust",
         "sign": "trust",
         "verify-file": "trust",
+        "push": "ship",
+        "pull": "ship",
     },
     "Change a running engine": {
         "serve": "serve",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from patcher.cli.options import existing_file, json_option, read_secret
+from patcher.cli.options import existing_file, json_option, patch_file, read_secret
 from patcher.cli.output import facts, print_json, short
 from patcher.errors import UsageError
 
@@ -99,7 +99,7 @@ def sign(
 
 
 @click.command("verify-file")
-@click.argument("path", type=existing_file, metavar="P.st")
+@click.argument("path", type=patch_file, metavar="P.st|URL")
 @click.option(
     "--signature",
     "signatures",

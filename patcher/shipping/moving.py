@@ -1,0 +1,110 @@
+"""Sending a patch file with what lies beside it, and getting one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..errors import InvalidPatchError, UsageError
+from ..patch import Patch, files
+from ..signing import bundles_of
+from ..signing.bundles import beside
+from .anywhere import MAX_REPORT_BYTES, Anywhere
+from .places import BESIDE, Parcel, Place, checked_beside, parsed
+from .registry import OciArtifact
+
+
+def push(
+    path: Path,
+    target: str,
+    *,
+    signatures: Iterable[Path] = (),
+    report: Path | None = None,
+    insecure: bool = False,
+) -> str:
+    """Send a patch file, its signatures, and a report on it; returns where it lies, pinned.
+
+    Args:
+        path: the patch file; the signatures beside it go along.
+        target: a URL.
+        signatures: more of them.
+        report: a file like the page of ``patcher evaluate --report``.
+        insecure: speak plain http to a registry that isn't on this machine.
+
+    Raises:
+        InvalidPatchError: the file is damaged.
+        ShippingError: it can't be sent.
+        UsageError: a URL that isn't one, a file that is no signature of the patch.
+    """
+    bare, pin = parsed(target)
+    patch = Patch.read(path)
+    if pin not in (None, patch.id):
+        raise UsageError(f"{path} is {patch.id[:12]}, not {str(pin)[:12]}.", "Leave the pin out.")
+    found = _signatures(path, patch, signatures)
+    if report is not None:
+        found[_report_suffix(report)] = files.read(report, MAX_REPORT_BYTES)
+    where = _place(bare, insecure).send(Parcel(patch.data, found))
+    return f"{where}#sha256={patch.id}"
+
+
+def pull(
+    source: str, *, pin: str | None = None, insecure: bool = False
+) -> tuple[Patch, dict[str, bytes]]:
+    """The patch at a URL and what lies beside it there, by suffix (``.alice.sig``).
+
+    ``pin``: the id that it must have, unless the URL says it (``#sha256=…``).
+
+    Raises:
+        ShippingError: nothing is there, or it can't be had.
+        InvalidPatchError: it is no sound patch, or another one than pinned.
+        UsageError: a URL that isn't one.
+    """
+    bare, named = parsed(source)
+    parcel = _place(bare, insecure).fetch()
+    patch = Patch.from_bytes(parcel.data)
+    for wanted in (pin, named):
+        if wanted not in (None, patch.id):
+            raise InvalidPatchError(
+                f"{bare} holds {patch.id[:12]}, not {str(wanted)[:12]}.",
+                "Somebody exchanged it, or the pin is of another version.",
+            )
+    return patch, dict(checked_beside(parcel.beside))
+
+
+def save(patch: Patch, beside_it: dict[str, bytes], path: Path) -> list[Path]:
+    """Write a pulled patch and what came with it; the patch last. Returns the other files."""
+    others = []
+    for suffix, data in sorted(beside_it.items()):
+        others.append(path.with_name(path.name + suffix))
+        files.write(others[-1], data)
+    patch.write(path)
+    return others
+
+
+def _signatures(path: Path, patch: Patch, named: Iterable[Path]) -> dict[str, bytes]:
+    """By suffix: those beside the file under their own, others numbered."""
+    given = dict.fromkeys(bundle for _, bundle in bundles_of([(patch.id, path)], named))
+    found: dict[str, bytes] = {}
+    for one in beside(path):
+        suffix = one.name.removeprefix(path.name)
+        if BESIDE.fullmatch(suffix):
+            data = one.read_bytes()
+            if data in given:
+                found[suffix] = data
+    for number, data in enumerate((d for d in given if d not in found.values()), start=1):
+        found[f".{number}.sig"] = data
+    return found
+
+
+def _report_suffix(report: Path) -> str:
+    suffix = f".report{report.suffix.lower()}"
+    if not BESIDE.fullmatch(suffix):
+        raise UsageError(
+            f"{report} is no kind of report that is shipped.",
+            "Give .html, .json, .txt, .md or .pdf.",
+        )
+    return suffix
+
+
+def _place(url: str, insecure: bool) -> Place:
+    return OciArtifact(url, insecure=insecure) if url.startswith("oci://") else Anywhere(url)
