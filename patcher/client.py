@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import httpx
 
-from patcher.address import checked_token, checked_url, host_of, is_loopback
+from patcher.address import checked_token, checked_url, host_of, is_loopback, request_headers
 from patcher.durations import seconds
 from patcher.errors import (
     AlreadyAppliedError,
@@ -84,7 +84,7 @@ class Engine:
         token = checked_token(token or os.environ.get("PATCHER_TOKEN") or "")
         self._timeout = timeout
         self._client = httpx.Client(
-            headers={"Authorization": f"Bearer {token}"} if token else {},
+            headers=request_headers(token),
             timeout=httpx.Timeout(timeout, connect=min(timeout, _CONNECT_S)),
             transport=transport,
             # Servers drop idle connections after five seconds: be first.
