@@ -11,10 +11,14 @@ from patcher.errors import UsageError
 _RFC_3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
 
 
+def rfc3339(at: datetime) -> str:
+    """A moment in UTC, RFC 3339 with milliseconds."""
+    return at.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
 def utc(at: float) -> str:
     """Seconds since 1970 in UTC, RFC 3339 with milliseconds."""
-    text = datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")
-    return text.replace("+00:00", "Z")
+    return rfc3339(datetime.fromtimestamp(at, UTC))
 
 
 def now() -> str:

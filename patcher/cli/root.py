@@ -39,7 +39,7 @@ SECTIONS = {
     "Look at a running engine": {
         "status": "look",
         "verify": "look",
-        "log": "look",
+        "log": "log",
     },
     "Ways out and in": {
         "export": "ways",
