@@ -186,7 +186,10 @@ class FakeEngine:
 
     def post_verify(self, request: Request) -> Reply:
         modules = {name: self.live_ok for one in self.stack for name in self._patch(one).deltas}
-        return json_reply({"ok": self.live_ok, "modules": modules, "ranks": []})
+        live = {name: {"ok": ok, "digest": "1" * 64} for name, ok in modules.items()}
+        rank = {"engine": 0, "rank": 0, "stack": self.stack, "modules": live}
+        told = {"ok": self.live_ok, "modules": modules, "ranks": [rank]}
+        return json_reply({**told, "weight_version": version_of(self.stack)})
 
     def post_heal(self, request: Request) -> Reply:
         self.live_ok = True

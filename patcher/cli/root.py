@@ -40,6 +40,7 @@ SECTIONS = {
         "status": "look",
         "verify": "look",
         "log": "log",
+        "certificate": "certificate",
     },
     "Ways out and in": {
         "export": "ways",
