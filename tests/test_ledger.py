@@ -17,6 +17,7 @@ from patcher.ledger import GENESIS, Fault, Filter, Head, State, stack_at, verify
 from patcher.ledger_files import csv_text, jsonl, parse
 from patcher.moments import moment
 from patcher.protocol import LedgerEntry
+from tests.conftest import REPOSITORY
 
 A, B, C = (f"{digit}" * 64 for digit in "abc")
 
@@ -73,6 +74,10 @@ def test_the_hash_is_what_the_protocol_says() -> None:
     detail = {"ttl": 7200.0, "actor": "admin", "reason": 'für "17"'}
     text = ledger.detail_text(detail)
     assert text == r'{"actor":"admin","reason":"f\u00fcr \"17\"","ttl":7200.0}'
+    manual = (REPOSITORY / "docs" / "protocol.md").read_text(encoding="utf-8")
+    covered = [GENESIS, 1, "2026-11-24T03:00:00.000Z", "change-done", text]
+    assert f"\n    {json.dumps(covered, separators=(',', ':'))}\n" in manual
+    assert "e094927e7ccf283733c517cddf2d288c390a3df5af1bbecee5b346ee9122480f" in manual
     # printf '["000…",1,"2026-11-24T03:00:00.000Z","change-done","{\\"actor\\":…}"]' | sha256sum
     assert ledger.chain(GENESIS, 1, "2026-11-24T03:00:00.000Z", "change-done", text) == (
         "e094927e7ccf283733c517cddf2d288c390a3df5af1bbecee5b346ee9122480f"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import csv
 import json
+import re
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from typing import Any
 import pytest
 
 from tests.cli.running import COMMAND, document, environment, run, run_on
+from tests.conftest import REPOSITORY
 from tests.fake_engine import TOKEN, FakeEngine, json_reply, problem, version_of
 from tests.small_patch import small_patch
 
@@ -290,6 +293,23 @@ def test_a_table_for_spreadsheets_has_the_covered_text(told: FakeEngine, tmp_pat
 
 def test_a_place_that_cannot_be_written_is_exit_2(told: FakeEngine, tmp_path: Path) -> None:
     assert run_on(told, "log", "--export", tmp_path / "no" / "x.csv").exit_code == 2
+
+
+def test_the_protocols_own_program_proves_an_export(told: FakeEngine) -> None:
+    manual = (REPOSITORY / "docs" / "protocol.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```python\n(.*?)```", manual, re.S)
+    told.record(
+        "change-done", {"before": [A, B], "after": [], "reason": 'für "17" \U0001f600\x7f/'}
+    )
+    told.record("change-intent", {"ttl": 7200.0, "guards": [{"value": 1e-7}, {"value": 1e16}]})
+    export = run_on(told, "log", "--format", "jsonl").stdout
+
+    def proven(text: str) -> subprocess.CompletedProcess[str]:
+        words = [sys.executable, "-c", program]
+        return subprocess.run(words, input=text, capture_output=True, text=True)
+
+    assert proven(export).stdout == f"{told.entries[-1]['hash']}:7\n"
+    assert proven(export.replace("7200.0", "7200")).stderr == "broken at entry 7\n"
 
 
 # -- following -------------------------------------------------------------------------------------
