@@ -75,7 +75,7 @@ def certify(
         The engine is in the midst of a change, or has no record of this patch.
 
     """
-    from patcher.client import resolve
+    from patcher.given import resolve
 
     (whole,) = resolve([patch_id], engine.status()["stack"])
     patch = engine.download(whole)
@@ -109,7 +109,7 @@ def statement(found: Evidence, *, checked: bool) -> dict[str, Any]:
                 "commitment": manifest.requests.commitment,
                 "commitmentChecked": checked,
             },
-            "patch": _patch(found.patch),
+            "patch": {**_patch(found.patch), "signers": _signers(found)},
             "model": {
                 "name": manifest.base.model,
                 "architecture": manifest.base.architecture,
@@ -156,13 +156,24 @@ def _rank(rank: Any, manifest: Manifest) -> dict[str, Any]:
     return {"engine": rank["engine"], "rank": rank["rank"], "modules": modules}
 
 
-def _entry(found: Evidence) -> dict[str, Any]:
+def _put_on(found: Evidence) -> LedgerEntry:
     entry = put_on(found.entries, found.patch.id)
     if entry is None:
         raise EngineRefusedError(
             f"No entry of the ledger put the patch {found.patch.id[:12]} on.",
             "`patcher log --verify` looks closer.",
         )
+    return entry
+
+
+def _signers(found: Evidence) -> list[str]:
+    """Whose signatures the engine's policy counted when it took the patch; none without one."""
+    signers = _put_on(found)["detail"].get("signers", {})
+    return list(signers.get(found.patch.id, []))
+
+
+def _entry(found: Evidence) -> dict[str, Any]:
+    entry = _put_on(found)
     told = {name: entry["detail"].get(name, "") for name in ("change", "actor", "reason")}
     return {**Head(entry["seq"], entry["hash"], entry["time"]).as_dict(), **told}
 

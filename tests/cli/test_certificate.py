@@ -83,6 +83,7 @@ def test_it_states_what_is_in_force_with_all_that_shows_it(
         "commitmentChecked": True,
     }
     assert (told["patch"]["id"], told["patch"]["method"]) == (patch.id, "random")
+    assert told["patch"]["signers"] == []
     assert told["model"]["base"] == {MODULE: "0" * 64}
     assert told["inForce"] == {
         "since": "2026-11-24T03:00:00.000Z",
