@@ -156,6 +156,19 @@ def test_a_history_that_was_rewritten_with_new_hashes_shows_against_a_head_kept_
         assert ledger.missing_head(rewritten, head.hash) != []
 
 
+@pytest.mark.parametrize("previous", ["the one before", "another ledger's"])
+@pytest.mark.parametrize("seq", [1, 2, 3])
+def test_an_entry_with_a_hash_of_its_own_must_follow_by_number_and_by_link(
+    previous: str, seq: int
+) -> None:
+    first, entry = chained([("start", {}), ("start", {})])
+    link = first["hash"] if previous == "the one before" else "f" * 64
+    entry["seq"], entry["previous"] = seq, link
+    entry["hash"] = ledger.chain(link, seq, entry["time"], entry["event"], "{}")
+    right = link == first["hash"] and seq == 2
+    assert ([] if right else [2]) == sorted({f.entry for f in verify_chain([first, entry])})
+
+
 @pytest.mark.parametrize(
     "spoil",
     [
@@ -214,6 +227,13 @@ def test_a_line_that_is_no_entry_is_found_with_its_number(line: bytes) -> None:
     read, faults = parse([good[0], line, good[1], b""])
     assert len(read) == 2
     assert [fault.what.partition(":")[0] for fault in faults] == ["line 2"]
+
+
+def test_a_field_that_stands_twice_is_found() -> None:
+    (line,) = jsonl(chained([("start", {"actor": "me"})])).encode().splitlines()
+    assert parse([line])[1] == []
+    for twice in (b'{"event":"stop",' + line[1:], line.replace(b'{"actor"', b'{"actor":1,"actor"')):
+        assert [fault.what.partition(":")[0] for fault in parse([twice])[1]] == ["line 1"]
 
 
 def test_a_reason_that_is_a_formula_stays_text_in_a_spreadsheet() -> None:
