@@ -30,8 +30,8 @@ from pathlib import Path
 
 from patcher.client import Engine
 from patcher.engine.stack import Stack
-from patcher.engine.store import GENESIS, chain
 from patcher.errors import PatcherError
+from patcher.ledger import replay, verify_chain
 from patcher.protocol import LedgerEntry
 from tests.engine.patches import random_patch
 from tests.engine.server import Server
@@ -143,6 +143,7 @@ class Torture:
         if self._said() != self.references[tuple(at.found)]:
             at.wrong.append("other answers than under that stack")
         at.wrong += broken(entries)
+        at.wrong += [f"the ledger contradicts itself at {fault}" for fault in replay(entries)[1]]
         at.reached, told = _story([entry for entry in entries if entry["seq"] > last])
         if not told:
             at.wrong.append("the ledger does not tell of the interruption")
@@ -155,14 +156,7 @@ def _parent(pid: int) -> int:
 
 def broken(entries: list[LedgerEntry]) -> list[str]:
     """What is wrong with a whole ledger's numbers and hashes."""
-    previous, wrong = GENESIS, []
-    for number, entry in enumerate(entries, 1):
-        detail = json.dumps(entry["detail"], sort_keys=True, separators=(",", ":"))
-        link = chain(previous, number, entry["time"], entry["event"], detail)
-        if (entry["seq"], entry["previous"], entry["hash"]) != (number, previous, link):
-            wrong.append(f"the ledger breaks at entry {number}")
-        previous = entry["hash"]
-    return wrong
+    return [f"the ledger breaks at {fault}" for fault in verify_chain(entries)]
 
 
 def _story(entries: list[LedgerEntry]) -> tuple[str, bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError, version
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
@@ -71,3 +72,12 @@ def checked_token(token: str) -> str:
             "The token has characters that a token can't have.", "Is it the right file or variable?"
         )
     return token
+
+
+def request_headers(token: str) -> dict[str, str]:
+    """What every request carries: the token, and what it is made with, which the ledger keeps."""
+    try:
+        ours = f"patcher/{version('vllm-patcher')}"
+    except PackageNotFoundError:  # run from a source tree that isn't installed
+        ours = "patcher"
+    return {"User-Agent": ours} | ({"Authorization": f"Bearer {token}"} if token else {})

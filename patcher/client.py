@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import httpx
 
-from patcher.address import checked_token, checked_url, host_of, is_loopback
+from patcher.address import checked_token, checked_url, host_of, is_loopback, request_headers
 from patcher.durations import seconds
 from patcher.errors import (
     AlreadyAppliedError,
@@ -25,7 +25,7 @@ from patcher.errors import (
     UsageError,
 )
 from patcher.given import PatchSource, bundles_with, guards_in, read_patch, resolve, whole_id
-from patcher.problems import json_object, refusal
+from patcher.problems import is_entry, json_object, refusal
 from patcher.protocol import (
     ROUTE,
     Change,
@@ -84,7 +84,7 @@ class Engine:
         token = checked_token(token or os.environ.get("PATCHER_TOKEN") or "")
         self._timeout = timeout
         self._client = httpx.Client(
-            headers={"Authorization": f"Bearer {token}"} if token else {},
+            headers=request_headers(token),
             timeout=httpx.Timeout(timeout, connect=min(timeout, _CONNECT_S)),
             transport=transport,
             # Servers drop idle connections after five seconds: be first.
@@ -370,7 +370,10 @@ class Engine:
     def ledger(self, after: int = 0) -> list[LedgerEntry]:
         """Who changed the stack, when and to what: the entries after number ``after``."""
         answer = self._call("GET", "ledger", ("entries",), params={"after": after})
-        return cast("list[LedgerEntry]", answer["entries"])
+        entries = answer["entries"]
+        if not (isinstance(entries, list) and all(map(is_entry, entries))):
+            raise self._other_protocol("GET", "ledger")
+        return cast("list[LedgerEntry]", entries)
 
     def _upload(self, patch: Patch) -> Uploaded:
         kind = {"Content-Type": "application/octet-stream"}
@@ -381,11 +384,14 @@ class Engine:
         # A JSON object with at least the fields `needs`.
         answer = json_object(self._request(method, path, **options))
         if answer is None or any(field not in answer for field in needs):
-            raise EngineUnreachableError(
-                f"{self.url} answered {method} {path}, but not in patcher's protocol.",
-                "Is something else answering at that URL, or a plugin of another version?",
-            )
+            raise self._other_protocol(method, path)
         return answer
+
+    def _other_protocol(self, method: str, path: str) -> EngineUnreachableError:
+        return EngineUnreachableError(
+            f"{self.url} answered {method} {path}, but not in patcher's protocol.",
+            "Is something else answering at that URL, or a plugin of another version?",
+        )
 
     def _request(
         self, method: str, path: str, *, wait: float | None = None, **options: Any

@@ -16,7 +16,7 @@
     │       └── StackRacedError      6   another change, asked for at the same time, won
     ├── EngineUnreachableError       7   no answer from that URL             (operator)
     ├── EngineRefusedError           8   refused or rolled back; as before   (operator)
-    ├── VerificationError            9   live weights are not what they must be (operator)
+    ├── VerificationError            9   live weights or ledger are not what they must be (operator)
     ├── PermissionDeniedError       10   token missing or unknown            (caller)
     │   └── RoleTooWeakError        10   the token may do less than this     (caller)
     ├── InputError                  11   forget set, text or model unusable  (caller)
@@ -153,7 +153,7 @@ class EngineRefusedError(PatcherError):
 
 
 class VerificationError(PatcherError):
-    """The live weights are not what base and stack must give."""
+    """Live weights are not what base and stack must give, or a ledger does not hold."""
 
     code = "verification-failed"
     exit_code = 9

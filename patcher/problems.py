@@ -29,6 +29,11 @@ def json_object(answer: httpx.Response) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
+def is_entry(value: Any) -> bool:
+    """Whether that is an entry of a ledger, by the fields that it has at least."""
+    return isinstance(value, dict) and {"seq", "time", "event", "detail"} <= value.keys()
+
+
 def refusal(answer: httpx.Response, url: str) -> PatcherError:
     """The error that an answer without success means.
 

@@ -5,12 +5,19 @@ The whole of it is ``docs/protocol.md``.
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
 from typing import Any, Literal, NotRequired, TypeAlias, TypedDict, get_args
 
 ROUTE = "/plugins/patcher/v1"
 
 InFlight: TypeAlias = Literal["recompute", "drain", "abort", "continue"]
 IN_FLIGHT: tuple[InFlight, ...] = get_args(InFlight)
+
+
+def weight_version(ids: Iterable[str]) -> str:
+    """What names a stack (its ids, the bottom first): sha256 over them, each with a newline."""
+    return hashlib.sha256("".join(f"{i}\n" for i in ids).encode()).hexdigest()
 
 
 class EngineInfo(TypedDict):

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
 
+from patcher.ledger import GENESIS, chain, detail_text
 from patcher.patch import Patch
 
 ROUTE = "/plugins/patcher/v1/"
@@ -81,6 +82,15 @@ class FakeEngine:
         reply: Reply = getattr(self, name)(request)
         return reply
 
+    def record(self, event: str, detail: dict[str, Any]) -> None:
+        """Append to the ledger; entry n is of minute n."""
+        seq = len(self.entries) + 1
+        time = f"2026-11-24T{3 + seq // 60:02}:{seq % 60:02}:00.000Z"
+        previous = self.entries[-1]["hash"] if self.entries else GENESIS
+        digest = chain(previous, seq, time, event, detail_text(detail))
+        entry = {"seq": seq, "time": time, "event": event, "detail": detail}
+        self.entries.append({**entry, "previous": previous, "hash": digest})
+
     def get_status(self, request: Request) -> Reply:
         modules: dict[str, list[str]] = {}
         for one in self.stack:
@@ -125,14 +135,8 @@ class FakeEngine:
         if request.headers.get("If-Match") != f'"{version_of(self.stack)}"':
             return problem("stack-changed", 412, "Somebody else changed the stack.")
         body = json.loads(request.body)
-        self.entries.append(
-            {
-                "seq": len(self.entries) + 1,
-                "time": "2026-11-24T03:00:00.000Z",
-                "event": "change-done",
-                "detail": {"before": self.stack, "after": body["stack"], "reason": body["reason"]},
-            }
-        )
+        told = {"before": self.stack, "after": body["stack"], "reason": body["reason"]}
+        self.record("change-done", {**told, "actor": "admin", "change": "c0ffee"})
         if "ttl" in body:
             added = [one for one in body["stack"] if one not in self.stack]
             self.expires |= dict.fromkeys(added, "2026-11-24T05:00:00.000Z")
@@ -182,7 +186,10 @@ class FakeEngine:
 
     def post_verify(self, request: Request) -> Reply:
         modules = {name: self.live_ok for one in self.stack for name in self._patch(one).deltas}
-        return json_reply({"ok": self.live_ok, "modules": modules, "ranks": []})
+        live = {name: {"ok": ok, "digest": "1" * 64} for name, ok in modules.items()}
+        rank = {"engine": 0, "rank": 0, "stack": self.stack, "modules": live}
+        told = {"ok": self.live_ok, "modules": modules, "ranks": [rank]}
+        return json_reply({**told, "weight_version": version_of(self.stack)})
 
     def post_heal(self, request: Request) -> Reply:
         self.live_ok = True

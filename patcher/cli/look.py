@@ -12,7 +12,7 @@ from patcher.errors import VerificationError
 
 if TYPE_CHECKING:
     from patcher.client import Engine
-    from patcher.protocol import LedgerEntry, Status
+    from patcher.protocol import Status
 
 
 @click.command()
@@ -57,44 +57,6 @@ def verify(engine: Engine, heal: bool, as_json: bool) -> None:
         raise click.exceptions.Exit(VerificationError.exit_code)
     if not as_json:
         click.echo("All of them are what base and stack must give.")
-
-
-@click.command()
-@click.option(
-    "--after", type=click.IntRange(min=0), default=0, help="Only entries after this number."
-)
-@engine_options
-@json_option
-def log(engine: Engine, after: int, as_json: bool) -> None:
-    """Show who changed the stack, when and to what."""
-    entries = engine.ledger(after)
-    if as_json:
-        print_json({"entries": entries})
-    elif not entries:
-        click.echo("No entries.")
-    else:
-        table([">#", "time", "event", "what"], [_entry(entry) for entry in entries])
-
-
-def _entry(entry: LedgerEntry) -> tuple[object, ...]:
-    # Digests of weights by module and rank are for --json: a table can't hold them.
-    shown = {name: value for name, value in entry["detail"].items() if name != "digests"}
-    if guards := shown.get("guards"):
-        shown["guards"] = [
-            f"{g['guard']}: {g['bound']} {g['value']}" for g in guards if not g["ok"]
-        ]
-    what = " ".join(f"{name}={_brief(value)}" for name, value in shown.items() if value)
-    return entry["seq"], entry["time"], entry["event"], what
-
-
-def _brief(value: object) -> str:
-    if isinstance(value, list):
-        return "[" + " ".join(_brief(one) for one in value) + "]"
-    if isinstance(value, dict):
-        return "{" + " ".join(f"{name}:{_brief(one)}" for name, one in value.items()) + "}"
-    text = str(value)
-    is_digest = len(text) == 64 and all(c in "0123456789abcdef" for c in text)
-    return short(text) if is_digest else text
 
 
 def _print_status(answer: Status) -> None:

@@ -41,7 +41,8 @@ SECTIONS = {
     "Look at a running engine": {
         "status": "look",
         "verify": "look",
-        "log": "look",
+        "log": "log",
+        "certificate": "certificate",
     },
     "Ways out and in": {
         "export": "ways",

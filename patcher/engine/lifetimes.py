@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 from patcher.engine import expiries
 from patcher.engine.expiries import Expiry
-from patcher.engine.store import Store, utc
+from patcher.engine.store import Store
 from patcher.errors import PatcherError, StackChangedError, StackConflictError, UnknownPatchError
+from patcher.moments import utc
 
 if TYPE_CHECKING:
     from patcher.engine.service import PatchService
@@ -61,7 +62,7 @@ class Lifetimes:
         ends = expiries.deadlines(ids, self._store.manifests(), own) if own else {}
         return {i: utc(at) for i, at in ends.items()}
 
-    def confirm(self, ids: Sequence[str] | None, actor: str) -> list[str]:
+    def confirm(self, ids: Sequence[str] | None, actor: str, client: str = "") -> list[str]:
         """Make patches stay, all of the stack where ``ids`` is None; returns those that would not.
 
         Waits for a change under way. Raises :class:`UnknownPatchError` for an id that isn't in
@@ -88,7 +89,7 @@ class Lifetimes:
                     )
             confirmed = [i for i in wanted if i in held]
             if confirmed:
-                detail = {"actor": actor, "patches": confirmed}
+                detail = {"actor": actor, "client": client, "patches": confirmed}
                 self._store.confirm(confirmed, "ttl-confirmed", detail)
         return confirmed
 

@@ -99,14 +99,14 @@ def _instance(args: Namespace) -> str:
 
 def record_start(store: Store, settings: Settings, trust: dict[str, Any] | None) -> None:
     """Note a start, its trust policy, and whether it restores the committed stack."""
-    held = list(store.committed().ids)
     without = settings.disabled or settings.no_restore
-    if without:
-        logger.warning("patcher: %d committed patches are not in force by this start", len(held))
     event = "start-disabled" if settings.disabled else "start-without-restore"
-    with store.exclusive():
+    with store.exclusive():  # another API server may be changing the stack
+        held = list(store.committed().ids)
         detail = {"held" if without else "stack": held, **({"trust": trust} if trust else {})}
         store.suspend(without, event if without else "start", detail)
+    if without:
+        logger.warning("patcher: %d committed patches are not in force by this start", len(held))
 
 
 def endpoint_plugin() -> PatcherEndpoint:

@@ -35,6 +35,7 @@ from patcher.signing import MAX_BUNDLE_BYTES, bundle_subject
 MAX_BODY_BYTES = 1 << 20  # of a request that isn't a patch
 MAX_PLAN_BYTES = 1 << 28  # patches in base64
 logger = logging.getLogger("vllm.patcher")
+MOST_OF_CLIENT = 200  # characters of what a request says it was made with
 Answer = Callable[[PatchService, Request, str], Awaitable[Response]]
 
 
@@ -121,13 +122,19 @@ async def _body(request: Request, limit: int, error: type[PatcherError]) -> byte
     return bytes(data)
 
 
+def _client(request: Request) -> str:
+    """What the request says that it was made with, as the ledger keeps it. Not proven."""
+    told = request.headers.get("user-agent", "")[:MOST_OF_CLIENT]
+    return "".join(one if one.isprintable() else "?" for one in told)
+
+
 async def _status(service: PatchService, request: Request, actor: str) -> Response:
     return JSONResponse(await service.status())
 
 
 async def _upload(service: PatchService, request: Request, actor: str) -> Response:
     data = await _body(request, MAX_FILE_BYTES, InvalidPatchError)
-    patch, added = await asyncio.to_thread(service.upload, data, actor)
+    patch, added = await asyncio.to_thread(service.upload, data, actor, _client(request))
     ranks = {name: delta.rank for name, delta in patch.deltas.items()}
     body = {"id": patch.id, "bytes": len(data), "modules": ranks}
     return JSONResponse(body, 201 if added else 200)
@@ -194,6 +201,7 @@ async def _put_stack(service: PatchService, request: Request, actor: str) -> Res
             if_match=if_match,
             in_flight=wanted.in_flight,
             actor=actor,
+            client=_client(request),
             reason=wanted.reason,
             guards=wanted.guards,
             ttl=wanted.ttl,
@@ -210,7 +218,9 @@ async def _confirm(service: PatchService, request: Request, actor: str) -> Respo
         raise UsageError(
             "The body doesn't say what to confirm.", "Send patches: a list of ids, or null for all."
         ) from None
-    confirmed = await asyncio.to_thread(service.lifetimes.confirm, wanted.patches, actor)
+    confirmed = await asyncio.to_thread(
+        service.lifetimes.confirm, wanted.patches, actor, _client(request)
+    )
     return JSONResponse({"confirmed": confirmed})
 
 
@@ -223,7 +233,7 @@ async def _verify(service: PatchService, request: Request, actor: str) -> Respon
 
 
 async def _heal(service: PatchService, request: Request, actor: str) -> Response:
-    healing = asyncio.ensure_future(service.heal())
+    healing = asyncio.ensure_future(service.heal(actor, _client(request)))
     return JSONResponse(await asyncio.shield(healing))
 
 

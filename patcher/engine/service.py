@@ -184,15 +184,18 @@ class PatchService:
             wrong.append("no-answer")
         return wrong
 
-    async def heal(self) -> dict[str, Any]:
+    async def heal(self, actor: str = "", client: str = "") -> dict[str, Any]:
         """Put the stack back where a weight reload brought base weights back; then verify.
+
+        ``actor`` and ``client``: who asked, for the ledger.
 
         Raises :class:`VerificationError` where a live weight is neither what was put there
         nor its base.
         """
         async with self.exclusive():
             await self._reconcile("repair")
-            await self.transition.heal(self.store.in_force())
+            by = {"actor": actor, "client": client}
+            await self.transition.heal(self.store.in_force(), by)
         return await self.verify()
 
     # -- changing ----------------------------------------------------------------------------
@@ -214,6 +217,7 @@ class PatchService:
         if_match: str,
         in_flight: InFlight,
         actor: str,
+        client: str = "",
         reason: str = "",
         guards: Sequence[Guard] = (),
         ttl: float | None = None,
@@ -221,9 +225,9 @@ class PatchService:
     ) -> Outcome:
         """Make ``ids`` the stack in force, on every rank or on none.
 
-        ``ttl``: seconds after which the patches that this adds are reverted, unless somebody
-        confirms them. ``only_if`` is called before anything changes, while no other change
-        can; what it raises ends this one.
+        ``client``: what ``actor`` asked with, for the ledger. ``ttl``: seconds after which the
+        patches that this adds are reverted, unless somebody confirms them. ``only_if`` is
+        called before anything changes, while no other change can; what it raises ends this one.
 
         Raises :class:`StackChangedError` where ``if_match`` isn't the weight version in force,
         :class:`StackRacedError` where it was until another change ended first,
@@ -254,6 +258,7 @@ class PatchService:
             detail: dict[str, Any] = {
                 "change": CHANGE.get(),
                 "actor": actor,
+                "client": client,
                 "reason": reason,
                 "before": list(before.ids),
                 "after": list(target.ids),
@@ -267,7 +272,7 @@ class PatchService:
             try:
 
                 def done(digests: dict[str, list[str]]) -> None:
-                    told = {**detail, "digests": digests, **asked.told()}
+                    told = {**detail, "outcome": "done", "digests": digests, **asked.told()}
                     kept = {i: e for i, e in self.store.expiries().items() if i not in added}
                     new = {} if ttl is None else self.lifetimes.begin(added, ttl)
                     self.store.commit(target, "change-done", told, {**kept, **new})
@@ -276,7 +281,7 @@ class PatchService:
                     [before], target, before, in_flight, done, asked.confirm
                 )
             except BaseException as error:
-                told = {**detail, "cause": cause_of(error), **asked.told()}
+                told = {**detail, "outcome": "failed", "cause": cause_of(error), **asked.told()}
                 await self._record_if_possible("change-failed", told)
                 raise
             metrics().in_force(target.ids)
@@ -323,8 +328,7 @@ class PatchService:
     async def _record_interruption(self) -> None:
         interrupted = await asyncio.to_thread(self.store.interrupted)
         if interrupted is not None:
-            detail = {key: interrupted[key] for key in ("change", "before", "after")}
-            await self._record("change-interrupted", detail)
+            await self._record("change-interrupted", {**interrupted, "outcome": "interrupted"})
 
     async def _record(self, event: str, detail: dict[str, Any]) -> None:
         await asyncio.to_thread(self.store.record, event, detail)
@@ -346,10 +350,10 @@ class PatchService:
             finally:
                 lock.__exit__(None, None, None)
 
-    def upload(self, data: bytes, actor: str) -> tuple[Patch, bool]:
+    def upload(self, data: bytes, actor: str, client: str = "") -> tuple[Patch, bool]:
         """Check a file's bytes and store them; the second value is False if it was there."""
         patch = Patch.from_bytes(data)
-        return patch, self.store.add_patch(patch, actor)
+        return patch, self.store.add_patch(patch, actor, client)
 
 
 def _depths(before: Stack, target: Stack) -> str:

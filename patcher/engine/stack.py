@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from patcher.errors import StackConflictError, UnknownPatchError
 from patcher.patch import Manifest
+from patcher.protocol import weight_version
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Stack:
     @property
     def version(self) -> str:
         """The engine's weight version: sha256 over the ids, each followed by a newline."""
-        return hashlib.sha256("".join(f"{i}\n" for i in self.ids).encode()).hexdigest()
+        return weight_version(self.ids)
 
     def modules(self, manifests: Mapping[str, Manifest]) -> dict[str, tuple[str, ...]]:
         """For each target module the ids that touch it, bottom first."""

@@ -11,10 +11,8 @@ import contextlib
 import hashlib
 import json
 import sqlite3
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +20,12 @@ from patcher.engine import expiries, signatures
 from patcher.engine.folder import StateFolder
 from patcher.engine.stack import Stack
 from patcher.errors import EngineRefusedError, UnknownPatchError
+from patcher.ledger import GENESIS, chain, detail_text
+from patcher.moments import now
 from patcher.patch import Manifest, Patch
 
 SCHEMA_VERSION = 1
 BUSY_PATIENCE = 30.0  # seconds that a statement waits for another process's transaction
-GENESIS = "0" * 64  # what the ledger's first entry follows
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
@@ -53,23 +52,6 @@ class StoredPatch:
     title: str
     stored: str
     bytes: int
-
-
-def utc(at: float) -> str:
-    """Seconds since 1970 in UTC, RFC 3339 with milliseconds."""
-    text = datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")
-    return text.replace("+00:00", "Z")
-
-
-def now() -> str:
-    """The time in UTC, RFC 3339 with milliseconds."""
-    return utc(time.time())
-
-
-def chain(previous: str, seq: int, moment: str, event: str, detail: str) -> str:
-    """The hash of a ledger entry: sha256 over its predecessor's hash and its own fields."""
-    entry = json.dumps([previous, seq, moment, event, detail], separators=(",", ":"))
-    return hashlib.sha256(entry.encode()).hexdigest()
 
 
 class Store(StateFolder):
@@ -136,7 +118,7 @@ class Store(StateFolder):
 
     # -- patches -----------------------------------------------------------------------------
 
-    def add_patch(self, patch: Patch, actor: str) -> bool:
+    def add_patch(self, patch: Patch, actor: str, client: str = "") -> bool:
         """Store ``patch``; False where it was there already."""
         with self._transaction() as db:
             added = db.execute(
@@ -144,7 +126,8 @@ class Store(StateFolder):
                 (patch.id, patch.manifest.title, now(), patch.data),
             ).rowcount
             if added:
-                self._append(db, "patch-stored", {"patch": patch.id, "actor": actor})
+                by = {"actor": actor, "client": client}
+                self._append(db, "patch-stored", {"patch": patch.id, **by})
         return bool(added)
 
     def patch_bytes(self, patch_id: str) -> bytes:
@@ -321,7 +304,7 @@ class Store(StateFolder):
         last = db.execute("SELECT seq, hash FROM ledger ORDER BY seq DESC LIMIT 1").fetchone()
         seq, previous = (last[0] + 1, last[1]) if last else (1, GENESIS)
         moment = now()
-        text = json.dumps(detail, sort_keys=True, separators=(",", ":"))
+        text = detail_text(detail)
         db.execute(
             "INSERT INTO ledger VALUES (?, ?, ?, ?, ?, ?)",
             (seq, moment, event, text, previous, chain(previous, seq, moment, event, text)),

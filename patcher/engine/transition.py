@@ -7,13 +7,14 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from patcher.engine import vllm_client
 from patcher.engine.metrics import metrics
 from patcher.engine.mixed import MixedRequests
+from patcher.engine.observe import CHANGE
 from patcher.engine.ranks import Place, Ranks, place, refusal
 from patcher.engine.spacing import DEFAULT_LONGEST, Spacing
 from patcher.engine.spans import span
@@ -93,10 +94,11 @@ class Transition:
         await self.discard(change_id)
         return Swapped(pause_ms, mixed, spaced * 1000)
 
-    async def heal(self, stack: Stack) -> None:
+    async def heal(self, stack: Stack, by: Mapping[str, str] | None = None) -> None:
         """Every module in force must be what was put there: it is put back where the base is.
 
         vLLM's ``reload_weights`` and a wake from a level-2 sleep bring base weights back.
+        ``by``: who asked, for the ledger; else it was the change under way.
 
         Raises :class:`VerificationError` where a live weight is neither.
         """
@@ -117,8 +119,8 @@ class Transition:
             )
 
         def healed(digests: dict[str, list[str]]) -> None:
-            detail = {"modules": sorted(drifted), "stack": list(stack.ids), "digests": digests}
-            self.store.record("drift-healed", detail)
+            told = {"modules": sorted(drifted), "stack": list(stack.ids), "digests": digests}
+            self.store.record("drift-healed", {**told, **(by or {"change": CHANGE.get()})})
 
         logger.warning("patcher: the base was back in %d modules; healing", len(drifted))
         await self.run([Stack()], stack, stack, "recompute", healed, healing=True)

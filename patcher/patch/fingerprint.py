@@ -123,8 +123,8 @@ def commitment(requests: Sequence[Mapping[str, Any]], salt: bytes) -> str:
     return hmac.new(salt, text, hashlib.sha256).hexdigest()
 
 
-def owner_salt() -> bytes:
-    """The owner's secret of 32 bytes, made at the first call.
+def owner_salt(*, make: bool = True) -> bytes:
+    """The owner's secret of 32 bytes, made at the first call unless ``make`` is false.
 
     It lies, as 64 hex digits, in ``$PATCHER_SALT_FILE`` or ``~/.config/patcher/salt``,
     mode 0600. Several processes may call at once: all get the same.
@@ -134,7 +134,7 @@ def owner_salt() -> bytes:
     """
     path = Path(os.environ.get("PATCHER_SALT_FILE") or Path.home() / ".config/patcher/salt")
     try:
-        if not path.exists():
+        if make and not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             files.create(path, secrets.token_hex(_SALT_BYTES).encode() + b"\n")
         text, mode = path.read_bytes(), path.stat().st_mode

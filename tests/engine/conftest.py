@@ -13,6 +13,7 @@ from patcher.client import Engine
 from patcher.engine import vllm_client
 from patcher.engine.service import PatchService
 from patcher.engine.store import Store
+from patcher.ledger import State, replay, verify_chain
 from patcher.patch import Patch
 from tests.conftest import REPOSITORY
 from tests.engine.fake_vllm import D_IN, D_OUT, RANKS, FakeClient
@@ -112,5 +113,11 @@ def client(weights: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> Fake
 
 
 @pytest.fixture
-def service(client: FakeClient, tmp_path: Path) -> PatchService:
-    return PatchService(client, Store(tmp_path / "state"))
+def service(client: FakeClient, tmp_path: Path) -> Iterator[PatchService]:
+    """Whatever a test does with it, its ledger holds and gives the stack that is in force."""
+    service = PatchService(client, Store(tmp_path / "state"))
+    yield service
+    entries = service.store.ledger()
+    states, contradictions = replay(entries)
+    assert verify_chain(entries) == contradictions == []
+    assert [State(), *states][-1].in_force == service.store.in_force().ids

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -279,6 +280,45 @@ def test_log_lines_of_a_change_carry_its_id(watched: Server, engine: Engine, pat
     lines = [line for line in watched.log().splitlines() if f"change={change['change']}" in line]
     assert any("actor=admin in_flight=recompute stack=0->1" in line for line in lines)
     assert any("outcome=done" in line and "pause_ms=" in line for line in lines)
+
+
+def test_the_record_of_an_engine_is_proven_and_certified(
+    watched: Server, engine: Engine, patch: Patch, tmp_path: Path
+) -> None:
+    def asked(*words: object) -> dict[str, Any]:
+        code, document = patcher(*map(str, words), token=watched.token, url=watched.url)
+        assert code == 0, document
+        told: dict[str, Any] = document
+        return told
+
+    kept, exported = tmp_path / "head.json", tmp_path / "ledger.jsonl"
+    kept.write_text(json.dumps(asked("log", "--head")))
+    change = engine.apply(patch, reason="request 17")
+    proof = asked("log", "--verify", "--expect-head", kept)
+    assert proof["stack"] == [patch.id]
+    assert proof["checked"] == ["chain", "engine", "head"]
+    done = asked("log", "--event", "change-done", "--patch", patch.id[:8])["entries"][-1]
+    assert done["detail"]["client"].startswith("patcher/")
+    assert asked("log", "--at", done["time"])["stack"] == [patch.id]
+
+    asked("log", "--export", exported)
+    alone = asked("log", "--verify", "--file", exported)
+    assert (alone["head"], alone["checked"]) == (proof["head"], ["chain"])
+    exported.write_text(exported.read_text().replace("request 17", "request 71"))
+    assert patcher("log", "--verify", "--file", str(exported))[0] == 9
+
+    certificate = tmp_path / "cert.json"
+    asked("certificate", "--patch", patch.id[:8], "-o", certificate)
+    told = json.loads(certificate.read_text())["predicate"]
+    assert told["ledger"]["entry"]["change"] == change["change"]
+    assert told["inForce"]["weightVersion"] == change["weight_version"]
+    (rank,) = told["weights"]
+    live = {name: [digest] for name, digest in rank["modules"].items()}
+    assert live == done["detail"]["digests"]
+    assert live.keys() == told["model"]["base"].keys()
+    engine.revert(all=True)
+    asked("log", "--verify", "--expect-head", certificate)
+    assert asked("log", "--at", told["time"])["stack"] == [patch.id]
 
 
 def test_other_weights_are_refused_and_not_overwritten(watched: Server, patch: Patch) -> None:

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from patcher.engine.stack import Stack
-from patcher.engine.store import GENESIS, Store, chain
+from patcher.engine.store import Store
 from patcher.errors import EngineRefusedError, StackConflictError, UnknownPatchError
+from patcher.ledger import GENESIS, chain
 from patcher.patch import Patch
 from tests.engine.patches import module_name, random_patch
 

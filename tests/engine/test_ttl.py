@@ -120,7 +120,7 @@ def test_a_confirmed_patch_stays(
     entry = service.store.ledger()[-1]
     assert (entry["event"], entry["detail"]) == (
         "ttl-confirmed",
-        {"actor": "me", "patches": [a.id]},
+        {"actor": "me", "client": "", "patches": [a.id]},
     )
     assert service.lifetimes.confirm([a.id, c.id], "me") == [], "again is fine"
     assert service.store.ledger()[-1] == entry
