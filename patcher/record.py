@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from base64 import b64decode
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from patcher.errors import UsageError, VerificationError
 from patcher.ledger import (
@@ -70,11 +71,23 @@ def prove(
     return Proof(len(entries), head_of(entries), states[-1], faults)
 
 
+def head_statement(head: Head) -> dict[str, Any]:
+    """A head as an in-toto statement, to be signed and kept elsewhere."""
+    return {
+        "_type": "https://in-toto.io/Statement/v1",
+        "subject": [{"name": "ledger head", "digest": {"sha256": head.hash}}],
+        "predicateType": "urn:patcher:head:v1",
+        "predicate": {"ledger": {"head": head.as_dict()}},
+    }
+
+
 _HEAD = re.compile(r"([0-9a-f]{64})(?::(\d{1,15}))?", re.ASCII)
 
 
 def read_head(text: str) -> Expected:
     """The hash and number of a head: ``HASH``, ``HASH:SEQ …``, its JSON, or a certificate's.
+
+    Of a signed one the signature isn't looked at: ``patcher verify-file`` does that.
 
     Raises :class:`~patcher.errors.UsageError` where there is none.
     """
@@ -83,6 +96,8 @@ def read_head(text: str) -> Expected:
         return match[1], None if match[2] is None else int(match[2])
     try:
         value = json.loads(text)
+        if "payload" in value:
+            value = json.loads(b64decode(value["payload"]))
         if "predicate" in value:
             value = value["predicate"]["ledger"]
         value = value.get("head", value)

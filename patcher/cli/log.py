@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from patcher.cli.options import address_options, existing_file, json_option, read_token
+from patcher.cli.options import (
+    address_options,
+    existing_file,
+    json_option,
+    password_option,
+    read_token,
+)
 from patcher.cli.output import clean, note, print_json, short, table
 from patcher.errors import EngineUnreachableError, UsageError, VerificationError
 
@@ -56,6 +62,10 @@ _FORMS = {".jsonl": "jsonl", ".csv": "csv"}
 @click.option("--at", metavar="TIME", help="Tell the stack that was in force then.")
 @click.option("--head", is_flag=True, help="Print the last entry's HASH:SEQ, to be kept elsewhere.")
 @click.option(
+    "--key", type=existing_file, help="With --head: sign it with this private key, as a document."
+)
+@password_option
+@click.option(
     "--expect-head",
     metavar="FILE|HASH[:SEQ]",
     help="A head that was kept, or a certificate: it must still be in the chain.",
@@ -92,6 +102,8 @@ def _check(given: dict[str, Any], path: Path | None) -> None:
     """Refuse options that don't go together."""
     asked = {name for name, value in given.items() if value}
     whole = asked & set(_WHOLE)
+    if asked & {"key", "password_file"} and "head" not in asked:
+        raise UsageError("--key signs a head.", "Give --head too, or leave it out.")
     if len(whole - {"expect_head"}) > 1:
         raise UsageError("--verify, --at and --head are three questions.", "Ask one at a time.")
     if whole and (others := asked & {*_FILTERS, "follow", "export", "form"}):

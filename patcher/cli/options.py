@@ -53,6 +53,11 @@ def _pulled(url: str, ctx: click.Context) -> Path:
 patch_file = PatchFile()
 
 
+password_option = click.option(
+    "--password-file", type=existing_file, help="File with the private key's password."
+)
+
+
 def json_option(command: Command) -> Command:
     """``--json``: one document on stdout; the function gets ``as_json``."""
     return click.option(

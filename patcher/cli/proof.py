@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from patcher.cli.options import read_secret
 from patcher.cli.output import clean, facts, note, print_json, short
 from patcher.errors import UsageError, VerificationError
 from patcher.ledger import stack_at
 from patcher.moments import moment, rfc3339
 from patcher.protocol import weight_version
-from patcher.record import Expected, Proof, prove, read_head
+from patcher.record import Expected, Proof, head_statement, prove, read_head
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -36,7 +37,9 @@ def examine(source: Source, given: dict[str, Any]) -> None:
         entries = source.entries()
         proof = prove(entries, expected)
         proof.check()
-        if when is None:
+        if when is None and given["key"]:
+            print_json(_signed_head(proof, given["key"], given["password_file"]))
+        elif when is None:
             _print_head(proof, given["as_json"])
         else:
             _print_at(entries, when, given["as_json"])
@@ -53,6 +56,14 @@ def _expected(text: str) -> Expected:
     except (OSError, ValueError):
         raise UsageError(f"{text[:200]} can't be read.", "Give the file of a head.") from None
     return read_head(text)
+
+
+def _signed_head(proof: Proof, key: Path, password_file: Path | None) -> dict[str, Any]:
+    """The head in a signed envelope, to be kept where the engine's operator can't write."""
+    from patcher.signing import enveloped
+
+    password = None if password_file is None else read_secret(password_file, "password")
+    return enveloped(head_statement(proof.head), key, password)
 
 
 def _print_head(proof: Proof, as_json: bool) -> None:

@@ -7,16 +7,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from patcher.cli.options import existing_file, json_option, patch_file, read_secret
+from patcher.cli.options import existing_file, json_option, password_option, patch_file, read_secret
 from patcher.cli.output import facts, print_json, short
 from patcher.errors import UsageError
 
 if TYPE_CHECKING:
     from patcher.signing import TrustPolicy
-
-password_option = click.option(
-    "--password-file", type=existing_file, help="File with the private key's password."
-)
 
 
 @click.command()
@@ -120,13 +116,17 @@ def verify_file(
 ) -> None:
     """Check that a patch file is signed by whom it must be; no engine needed, and no network.
 
-    Exit code 5, and the rule that refuses, where it isn't.
+    Exit code 5, and the rule that refuses, where it isn't. With --public-key a certificate, or a
+    head of the ledger, that was signed with --key is checked in the same way.
     """
     from patcher.patch import Patch
     from patcher.signing import bundles_of
 
     if (trust is None) == (public_key is None):
         raise UsageError("Say whose signature it needs.", "Give --trust or --public-key.")
+    if public_key is not None and _is_json(path):
+        _verify_statement(path, public_key, as_json)
+        return
     policy = _policy(trust, public_key)
     patch = Patch.read(path)
     given = [bundle for _, bundle in bundles_of([(patch.id, path)], signatures)]
@@ -152,3 +152,23 @@ def _policy(trust: Path | None, public_key: Path | None) -> TrustPolicy:
         return TrustPolicy.read(trust)
     assert public_key is not None
     return TrustPolicy.of_key(public_key)
+
+
+def _is_json(path: Path) -> bool:
+    """Whether it is a statement: a patch file's first byte is a length's, and never a brace."""
+    with path.open("rb") as file:
+        return file.read(1) == b"{"
+
+
+def _verify_statement(path: Path, public_key: Path, as_json: bool) -> None:
+    from patcher.signing import opened
+    from patcher.signing.envelope import MAX_ENVELOPE_BYTES
+
+    with path.open("rb") as file:
+        statement = opened(file.read(MAX_ENVELOPE_BYTES + 1), public_key)
+    if as_json:
+        print_json({"path": str(path), "ok": True, "statement": statement})
+        return
+    subjects = [(one["name"], one["digest"]["sha256"]) for one in statement["subject"]]
+    facts([("file", f"{path}: signed by {public_key.stem}"),
+           ("states", statement["predicateType"]), *subjects])  # fmt: skip

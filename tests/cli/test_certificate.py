@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from patcher.patch import Patch, commitment, owner_salt
-from tests.cli.running import document, run_on
+from tests.cli.running import document, run, run_on
 from tests.fake_engine import FakeEngine, json_reply, version_of
 from tests.small_patch import MODULE, small_patch
 
@@ -61,7 +62,9 @@ def certified(fake: FakeEngine, patch: Patch, tmp_path: Path, *words: object) ->
     result = run_on(fake, "certificate", "--patch", patch.id[:8], "-o", output, *words, "--json")
     assert result.exit_code == 0, result.output
     statement = json.loads(output.read_text())
-    assert document(result) == {"path": str(output), "statement": statement}
+    if signed := "payload" in statement:
+        statement = json.loads(base64.b64decode(statement["payload"]))
+    assert document(result) == {"path": str(output), "signed": signed, "statement": statement}
     return statement
 
 
@@ -236,3 +239,36 @@ def test_for_people_it_says_that_it_is_not_signed(
     assert "not signed" in result.stdout
     assert "doesNotProve" in result.stdout
     assert run_on(serving, "certificate", "--patch", patch.id).exit_code == 2
+
+
+def test_a_signed_one_is_checked_by_the_key_alone(
+    serving: FakeEngine, patch: Patch, tmp_path: Path
+) -> None:
+    for name in ("owner", "other"):
+        assert run("keygen", tmp_path / name).exit_code == 0
+    told = certified(serving, patch, tmp_path, "--key", tmp_path / "owner.key")
+    assert told["signed"] is True
+    cert = tmp_path / "cert.json"
+    found = document(run("verify-file", cert, "--public-key", tmp_path / "owner.pub", "--json"))
+    assert found == {"path": str(cert), "ok": True, "statement": told["statement"]}
+    assert patch.id in run("verify-file", cert, "--public-key", tmp_path / "owner.pub").stdout
+    assert run("verify-file", cert, "--public-key", tmp_path / "other.pub").exit_code == 5
+    assert run_on(serving, "log", "--verify", "--expect-head", cert).exit_code == 0
+    changed = json.loads(cert.read_text())
+    changed["payload"] = changed["payload"][:-8] + "AAAAAAA="
+    cert.write_text(json.dumps(changed))
+    assert run("verify-file", cert, "--public-key", tmp_path / "owner.pub").exit_code == 5
+
+
+def test_a_head_is_signed_to_be_kept_elsewhere(serving: FakeEngine, tmp_path: Path) -> None:
+    run("keygen", tmp_path / "owner")
+    kept = tmp_path / "head.json"
+    kept.write_text(run_on(serving, "log", "--head", "--key", tmp_path / "owner.key").stdout)
+    found = document(run("verify-file", kept, "--public-key", tmp_path / "owner.pub", "--json"))
+    head = document(run_on(serving, "log", "--head", "--json"))
+    assert found["statement"]["predicate"]["ledger"]["head"] == head
+    assert run_on(serving, "log", "--verify", "--expect-head", kept).exit_code == 0
+    serving.record("change-done", {"before": [], "after": []})
+    serving.entries[0]["time"] = "2026-11-24T02:00:00.000Z"
+    assert run_on(serving, "log", "--verify", "--expect-head", kept).exit_code == 9
+    assert run_on(serving, "log", "--key", tmp_path / "owner.key").exit_code == 2
