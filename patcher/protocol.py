@@ -133,7 +133,7 @@ class Change(TypedDict):
 
     ``mixed``: how many requests go on over KV of the weights before (``continue``).
     ``spaced_ms``: how long it waited for requests that an earlier change had recomputed.
-    ``guards``: the guards' results, all of them ok.
+    ``guards``: the guards' results, all of them ok. ``questions``: what might be a slip.
     ``change``: its id in the ledger and in the server's log.
     """
 
@@ -145,6 +145,7 @@ class Change(TypedDict):
     mixed: int
     spaced_ms: float
     guards: NotRequired[list[GuardResult]]
+    questions: NotRequired[list[str]]
 
 
 class Refusal(TypedDict):

@@ -14,7 +14,7 @@ from patcher.cli.options import (
     json_option,
     patch_file,
 )
-from patcher.cli.output import facts, print_json, short
+from patcher.cli.output import facts, note, print_json, short
 
 if TYPE_CHECKING:
     from patcher.client import Engine
@@ -112,6 +112,8 @@ def confirm(engine: Engine, ids: tuple[str, ...], everything: bool, as_json: boo
 
 
 def _print(change: Change, as_json: bool) -> None:
+    for question in change.get("questions", []):
+        note(f"question: {question}")
     if as_json:
         print_json(change)
         return

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from patcher.engine.ranks import refusal
-from patcher.engine.stack import Stack, admit
+from patcher.engine.stack import Stack, admit, questions
 from patcher.errors import AlreadyAppliedError, PatcherError
 from patcher.patch import Manifest, Patch
 
@@ -52,7 +52,7 @@ async def plan(
         "stack": list(target.ids),
         "weight_version": target.version,
         "refusals": refusals,
-        "questions": _questions(before, patches, manifests),
+        "questions": questions(before, fresh, manifests),
         "signers": signers,
         "modules": modules,
         "staged_bytes": sum(one["bytes"] for one in modules.values()),
@@ -117,19 +117,6 @@ async def _tried(service: PatchService, change_id: str, name: str) -> list[dict[
     except PatcherError as error:
         return [{**_told(error), "module": name}]
     return []
-
-
-def _questions(
-    before: Stack, patches: Sequence[Patch], manifests: Mapping[str, Manifest]
-) -> list[str]:
-    """What isn't wrong, and might be a slip."""
-    titles = {manifests[i].title: i for i in before.ids}
-    return [
-        f"{patch.manifest.title!r} is in force already as {titles[patch.manifest.title][:12]}: "
-        "is this its next version? Then `patcher replace` puts it in the other's place."
-        for patch in patches
-        if titles.get(patch.manifest.title, patch.id) != patch.id
-    ]
 
 
 def _module(name: str, target: Stack, manifests: Mapping[str, Manifest]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from patcher.engine.observe import CHANGE, cause_of, observed
 from patcher.engine.ranks import Place, Ranks, agree, place
 from patcher.engine.signatures import Trust
 from patcher.engine.spacing import DEFAULT_LONGEST
-from patcher.engine.stack import Stack, admit
+from patcher.engine.stack import Stack, admit, questions
 from patcher.engine.store import Store
 from patcher.engine.transition import Swapped, Transition
 from patcher.errors import (
@@ -50,6 +50,7 @@ class Outcome:
     seconds: float
     swapped: Swapped = field(default_factory=Swapped)
     guards: Sequence[GuardResult] = ()
+    questions: Sequence[str] = ()
     change: str = field(default_factory=CHANGE.get)
 
     @property
@@ -68,6 +69,7 @@ class Outcome:
             "mixed": self.swapped.mixed,
             "spaced_ms": round(self.swapped.spaced_ms, 2),
             "guards": list(self.guards),
+            "questions": list(self.questions),
         }
 
 
@@ -241,7 +243,8 @@ class PatchService:
         async with self.exclusive():
             await self._reconcile("repair")
             before = self.store.in_force()
-            target = admit(ids, await asyncio.to_thread(self.store.manifests))
+            manifests = await asyncio.to_thread(self.store.manifests)
+            target = admit(ids, manifests)
             if target == before and not self.store.suspended:
                 # A retry of a change whose answer got lost.
                 return Outcome(before, time.monotonic() - began)
@@ -286,7 +289,9 @@ class PatchService:
                 raise
             metrics().in_force(target.ids)
             self.pauses.append(swapped.pause_ms)
-        return Outcome(target, time.monotonic() - began, swapped, asked.results)
+        kept = Stack(tuple(i for i in before.ids if i in target.ids))
+        asking = questions(kept, added, manifests)
+        return Outcome(target, time.monotonic() - began, swapped, asked.results, asking)
 
     def _check_lifetime(self, added: list[str]) -> None:
         if not added:

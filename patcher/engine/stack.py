@@ -61,6 +61,17 @@ def admit(ids: Iterable[str], manifests: Mapping[str, Manifest]) -> Stack:
     return stack
 
 
+def questions(before: Stack, added: Iterable[str], manifests: Mapping[str, Manifest]) -> list[str]:
+    """What isn't wrong with putting ``added`` on a stack, and might be a slip."""
+    titles = {manifests[i].title: i for i in before.ids}
+    return [
+        f"{title!r} is in force already as {titles[title][:12]}: is this its next version? "
+        "Then `patcher replace` puts it in the other's place."
+        for i in added
+        if i not in before.ids and (title := manifests[i].title) in titles
+    ]
+
+
 def _admit_one(
     patch_id: str, below: Sequence[str], others: Sequence[str], manifest: Manifest
 ) -> None:

@@ -141,6 +141,13 @@ def test_the_same_title_with_another_digest_is_questioned(
     (question,) = planned(service, client, renamed)["questions"]
     assert first.id[:12] in question
     assert planned(service, client, second)["questions"] == []
+    assert put(service, first, renamed).questions == [question]
+    assert put(service, renamed).questions == []
+    replaced = make(weights, 3)
+    again = Patch.build(
+        replaced.manifest.model_copy(update={"title": first.manifest.title}), dict(replaced.deltas)
+    )
+    assert put(service, again).questions == [], "it takes the other's place"
 
 
 @pytest.mark.engine
