@@ -5,7 +5,9 @@ The whole of it is ``docs/protocol.md``.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NotRequired, TypeAlias, TypedDict, get_args
+from typing import Any, Literal, NotRequired, TypeAlias, get_args
+
+from typing_extensions import TypedDict  # pydantic reads no other before 3.12
 
 ROUTE = "/plugins/patcher/v1"
 
