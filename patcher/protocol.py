@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from typing import Any, Literal, NotRequired, TypeAlias, TypedDict, get_args
+from typing import Any, Literal, NotRequired, TypeAlias, get_args
+
+from typing_extensions import TypedDict  # pydantic reads no other before 3.12
 
 ROUTE = "/plugins/patcher/v1"
 

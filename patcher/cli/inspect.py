@@ -48,6 +48,8 @@ def _document(path: Path, patch: Patch) -> dict[str, Any]:
             "kind": delta.kind,
             "rank": delta.rank,
             "norm": delta.norm,
+            "spectral_norm": delta.spectral_norm,
+            "gain": delta.gain,
             "shape": list(patch.manifest.base.modules[name].shape),
             "dtype": delta.dtype,
         }
@@ -80,13 +82,15 @@ def _print_patch(path: Path, patch: Patch) -> None:
     )
     click.echo()
     table(
-        ["module", "kind", ">rank", ">norm", ">shape", "stored as"],
+        ["module", "kind", ">rank", ">norm", ">gain", ">spectral", ">shape", "stored as"],
         [
             (
                 n,
                 d["kind"],
                 d["rank"],
                 f"{d['norm']:.4g}",
+                "–" if d["gain"] is None else f"{d['gain']:.4g}",
+                f"{d['spectral_norm']:.4g}",
                 "x".join(map(str, d["shape"])),
                 d["dtype"],
             )

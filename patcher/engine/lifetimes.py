@@ -18,6 +18,7 @@ from patcher.engine.expiries import Expiry
 from patcher.engine.store import Store
 from patcher.errors import PatcherError, StackChangedError, StackConflictError, UnknownPatchError
 from patcher.moments import utc
+from patcher.text import shown
 
 if TYPE_CHECKING:
     from patcher.engine.service import PatchService
@@ -74,7 +75,7 @@ class Lifetimes:
             for patch_id in wanted:
                 if patch_id not in stack:
                     raise UnknownPatchError(
-                        f"No patch {patch_id[:16]} is in force.",
+                        f"No patch {shown(patch_id)} is in force.",
                         "It may have ended; apply it again.",
                     )
             held = self._store.expiries()

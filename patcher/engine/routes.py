@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from patcher.durations import LONGEST
-from patcher.engine import spans
+from patcher.engine import openapi, spans
 from patcher.engine.auth import Role, authorise
 from patcher.engine.mixed import MixedRequests
 from patcher.engine.planning import plan
@@ -31,9 +31,11 @@ from patcher.patch import Patch
 from patcher.patch.container import MAX_FILE_BYTES
 from patcher.protocol import ROUTE, InFlight
 from patcher.signing import MAX_BUNDLE_BYTES, bundle_subject
+from patcher.text import shown
 
 MAX_BODY_BYTES = 1 << 20  # of a request that isn't a patch
 MAX_PLAN_BYTES = 1 << 28  # patches in base64
+SHOWN = 5  # wrong fields of a body that a message names
 logger = logging.getLogger("vllm.patcher")
 MOST_OF_CLIENT = 200  # characters of what a request says it was made with
 Answer = Callable[[PatchService, Request, str], Awaitable[Response]]
@@ -187,8 +189,10 @@ async def _put_stack(service: PatchService, request: Request, actor: str) -> Res
     try:
         wanted = StackWanted.model_validate_json(await _body(request, MAX_BODY_BYTES, UsageError))
     except ValidationError as error:
-        fields = ", ".join(".".join(map(str, e["loc"])) or "body" for e in error.errors())
-        raise UsageError(f"The body is not a stack: {fields}.", "See docs/protocol.md.") from None
+        wrong = error.errors(include_url=False, include_input=False, include_context=False)
+        fields = ", ".join(".".join(map(str, e["loc"])) or "body" for e in wrong[:SHOWN])
+        cause = f"The body is not a stack: {shown(fields, 300)}."
+        raise UsageError(cause, "See docs/protocol.md.") from None
     if_match = request.headers.get("if-match", "").strip().strip('"')
     if not if_match:
         raise _PreconditionRequiredError(
@@ -253,32 +257,41 @@ async def _ledger(service: PatchService, request: Request, actor: str) -> Respon
     return JSONResponse({"entries": entries})
 
 
-_TABLE: tuple[tuple[str, str, Role, Answer], ...] = (
-    ("GET", "/status", Role.read, _status),
-    ("POST", "/patches", Role.apply, _upload),
-    ("GET", "/patches", Role.read, _patches),
-    ("GET", "/patches/{patch_id}", Role.read, _patch),
-    ("POST", "/patches/{patch_id}/signatures", Role.apply, _sign),
-    ("GET", "/patches/{patch_id}/signatures", Role.read, _signatures),
-    ("PUT", "/stack", Role.apply, _put_stack),
-    ("POST", "/plan", Role.apply, _plan),
-    ("POST", "/confirm", Role.apply, _confirm),
-    ("POST", "/verify", Role.read, _verify),
-    ("POST", "/heal", Role.apply, _heal),
-    ("GET", "/ledger", Role.read, _ledger),
+_TABLE: tuple[tuple[str, str, Role, Answer, type[BaseModel] | None], ...] = (
+    ("GET", "/status", Role.read, _status, None),
+    ("POST", "/patches", Role.apply, _upload, None),
+    ("GET", "/patches", Role.read, _patches, None),
+    ("GET", "/patches/{patch_id}", Role.read, _patch, None),
+    ("POST", "/patches/{patch_id}/signatures", Role.apply, _sign, None),
+    ("GET", "/patches/{patch_id}/signatures", Role.read, _signatures, None),
+    ("PUT", "/stack", Role.apply, _put_stack, StackWanted),
+    ("POST", "/plan", Role.apply, _plan, ToPlan),
+    ("POST", "/confirm", Role.apply, _confirm, ToConfirm),
+    ("POST", "/verify", Role.read, _verify, None),
+    ("POST", "/heal", Role.apply, _heal, None),
+    ("GET", "/ledger", Role.read, _ledger, None),
 )
 
 
 def router() -> APIRouter:
-    """All routes, each behind a token."""
+    """All routes, each behind a token but for health and what describes them."""
     routes = APIRouter(prefix=ROUTE, tags=["patcher"])
-    for method, path, role, answer in _TABLE:
+    for method, path, role, answer, body in _TABLE:
         routes.add_api_route(
             path,
             _guarded(role, answer),
             methods=[method],
             response_model=None,
             name=answer.__name__.strip("_"),
+            **openapi.told(method, path, body),
         )
-    routes.add_api_route("/health", _health, methods=["GET"], response_model=None)
+    routes.add_api_route(
+        "/health", _health, methods=["GET"], response_model=None, **openapi.health()
+    )
+    described = JSONResponse(openapi.document(routes))
+
+    async def _openapi() -> Response:
+        return described
+
+    routes.add_api_route("/openapi.json", _openapi, methods=["GET"], include_in_schema=False)
     return routes

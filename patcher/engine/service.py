@@ -37,6 +37,7 @@ from patcher.errors import (
 from patcher.guards import Guard
 from patcher.patch import Manifest, Patch
 from patcher.protocol import GuardResult, InFlight
+from patcher.text import shown
 
 HEALTH_DEADLINE = 10.0  # seconds in which every rank must answer a probe
 logger = logging.getLogger("vllm.patcher")
@@ -370,7 +371,7 @@ def _outdated(if_match: str, stack: Stack, *, raced: bool) -> StackChangedError:
     kind = StackRacedError if raced else StackChangedError
     cause = "Another change, asked for at once, was first" if raced else "It was changed"
     return kind(
-        f"{cause}: the weight version in force is {stack.version[:16]}, not {if_match[:16]}.",
+        f"{cause}: the weight version in force is {stack.version[:16]}, not {shown(if_match)}.",
         "Look at `patcher status` and try again.",
         stack=list(stack.ids),
         weight_version=stack.version,

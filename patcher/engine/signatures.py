@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from patcher.errors import EngineRefusedError, InvalidPatchError, TrustError
 from patcher.patch import Patch
 from patcher.signing import TrustPolicy, bundle_subject
+from patcher.text import shown
 
 if TYPE_CHECKING:
     from patcher.engine.store import Store
@@ -75,7 +76,7 @@ class Trust:
         """
         if bundle_subject(bundle) != patch_id:
             raise InvalidPatchError(
-                f"That is no signature of patch {patch_id[:16]}.",
+                f"That is no signature of patch {shown(patch_id)}.",
                 "Send a bundle that `patcher sign` made for this very file.",
             )
         patch = Patch.from_bytes(self.store.patch_bytes(patch_id))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from patcher.errors import StackConflictError, UnknownPatchError
 from patcher.patch import Manifest
 from patcher.protocol import weight_version
+from patcher.text import shown
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def admit(ids: Iterable[str], manifests: Mapping[str, Manifest]) -> Stack:
         below = stack.ids[:position]
         if patch_id not in manifests:
             raise UnknownPatchError(
-                f"The engine holds no patch {patch_id[:16]}.", "Upload it before naming it."
+                f"The engine holds no patch {shown(patch_id)}.", "Upload it before naming it."
             )
         if patch_id in below:
             raise StackConflictError(

@@ -23,6 +23,7 @@ from patcher.errors import EngineRefusedError, UnknownPatchError
 from patcher.ledger import GENESIS, chain, detail_text
 from patcher.moments import now
 from patcher.patch import Manifest, Patch
+from patcher.text import shown
 
 SCHEMA_VERSION = 1
 BUSY_PATIENCE = 30.0  # seconds that a statement waits for another process's transaction
@@ -140,7 +141,7 @@ class Store(StateFolder):
             row = db.execute("SELECT data FROM patches WHERE id = ?", (patch_id,)).fetchone()
         if row is None:
             raise UnknownPatchError(
-                f"The engine holds no patch {patch_id[:16]}.", "List them with `patcher status`."
+                f"The engine holds no patch {shown(patch_id)}.", "List them with `patcher status`."
             )
         data = bytes(row[0])
         if hashlib.sha256(data).hexdigest() != patch_id:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 import re
+from itertools import islice
 from typing import Any
 
 import rfc8785
 
 MAX_DEPTH = 32
 MAX_DIGITS = 24
+MAX_NUMBER = 32  # characters; the canonical form of a double has 25 at most
+MAX_VALUES = 2**18  # a value takes up to 150 bytes of memory, whatever its text takes
 MAX_INTEGER = 2**53 - 1  # what every JSON reader holds exactly (RFC 8785, section 3.2.2.3)
 
 # A string that never ends counts to the end of the text: one pass, whatever comes.
@@ -33,16 +36,16 @@ def loads(text: bytes) -> Any:
 
     Raises:
         ValueError: not UTF-8, not JSON, a name given twice in one object, NaN or
-            Infinity, nesting beyond :data:`MAX_DEPTH`.
+            Infinity, nesting beyond :data:`MAX_DEPTH`, more than :data:`MAX_VALUES` values.
     """
-    if _depth(text) > MAX_DEPTH:
-        raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+    _check_extent(text)
     try:
         return json.loads(
             text.decode("utf-8"),
             object_pairs_hook=_unique,
             parse_constant=_no_constant,
             parse_int=_number,
+            parse_float=_float,
         )
     except UnicodeDecodeError:
         raise ValueError("not UTF-8") from None
@@ -85,20 +88,28 @@ def _text(value: str) -> str:
     return str(value)
 
 
-def _depth(text: bytes) -> int:
-    """How deep the brackets go; before parsing, as a parser recurses."""
-    deepest = level = 0
-    for bracket in _BRACKET.finditer(_STRING.sub(b"", text)):
+def _check_extent(text: bytes) -> None:
+    """Before parsing: a parser recurses, and needs many times the text's memory for small values.
+
+    Commas and opening brackets stand for values; strings are at most twice as many.
+    """
+    if sum(1 for _ in islice(_STRING.finditer(text), 2 * MAX_VALUES + 1)) > 2 * MAX_VALUES:
+        raise ValueError(f"more than {MAX_VALUES} values")
+    bare = _STRING.sub(b"", text)
+    if sum(map(bare.count, (b",", b"[", b"{"))) > MAX_VALUES:
+        raise ValueError(f"more than {MAX_VALUES} values")
+    level = 0
+    for bracket in _BRACKET.finditer(bare):
         level += 1 if bracket.group() in b"[{" else -1
-        deepest = max(deepest, level)
-    return deepest
+        if level > MAX_DEPTH:
+            raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, value in pairs:
         if name in result:
-            raise ValueError(f"the name {ascii(name)[:80]} stands twice in one object")
+            raise ValueError(f"the name {ascii(name[:80])[:80]} stands twice in one object")
         result[name] = value
     return result
 
@@ -109,6 +120,12 @@ def _number(text: str) -> int | float:
         raise ValueError("a number of too many digits")
     value = int(text)
     return value if abs(value) <= MAX_INTEGER else float(value)
+
+
+def _float(text: str) -> float:
+    if len(text) > MAX_NUMBER:
+        raise ValueError("a number of too many digits")
+    return float(text)
 
 
 def _no_constant(name: str) -> float:

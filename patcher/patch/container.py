@@ -37,10 +37,14 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Header:
-    """A header whose JSON is sound, its entries not yet checked."""
+    """A header whose JSON is sound, its entries not yet checked.
+
+    ``manifest``: its text in UTF-8, as a string of one wide character takes four times as much.
+    """
 
     raw: bytes
-    metadata: dict[str, str]
+    manifest: bytes
+    others: int  # metadata beside the manifest
     entries: dict[str, Any]
     body: memoryview
 
@@ -55,7 +59,7 @@ def damaged(cause: str, cure: str = "") -> InvalidPatchError:
 def encode(manifest: bytes, tensors: Sequence[Tensor]) -> bytes:
     """The bytes of a file; the same content gives the same bytes."""
     ordered = sorted(tensors, key=lambda t: (_ORDER[t.dtype], t.name))
-    return b"".join([_preamble(manifest.decode(), ordered), *(t.data for t in ordered)])
+    return b"".join([_preamble(manifest, ordered), *(t.data for t in ordered)])
 
 
 def read_header(data: bytes) -> Header:
@@ -83,7 +87,11 @@ def read_header(data: bytes) -> Header:
     metadata = entries.pop("__metadata__", None)
     if not isinstance(metadata, dict) or not isinstance(metadata.get(METADATA_KEY), str):
         raise damaged("The file carries no patch manifest.", "Give a file made by patcher.")
-    return Header(raw, metadata, entries, memoryview(data)[8 + length :])
+    try:
+        manifest = metadata.pop(METADATA_KEY).encode()
+    except UnicodeEncodeError:
+        raise damaged("The file's manifest has text with half a surrogate pair.") from None
+    return Header(raw, manifest, len(metadata), entries, memoryview(data)[8 + length :])
 
 
 def read_tensors(header: Header) -> dict[str, Tensor]:
@@ -93,7 +101,7 @@ def read_tensors(header: Header) -> dict[str, Tensor]:
         InvalidPatchError: an entry that is off, data with holes, overlaps or a
             trailing part, a header in another form than the writer's.
     """
-    if set(header.metadata) != {METADATA_KEY}:
+    if header.others:
         raise damaged("The file has metadata beside the manifest.")
     tensors: list[Tensor] = []
     end = 0
@@ -103,7 +111,7 @@ def read_tensors(header: Header) -> dict[str, Tensor]:
         tensors.append(tensor)
     if end != len(header.body):
         raise damaged(f"The file has {len(header.body) - end} bytes after its last tensor.")
-    if _preamble(header.metadata[METADATA_KEY], tensors)[8:] != header.raw:
+    if _preamble(header.manifest, tensors)[8:] != header.raw:
         raise damaged("The file's header is not in the one form that the format has.")
     if [t.name for t in sorted(tensors, key=lambda t: (_ORDER[t.dtype], t.name))] != [
         t.name for t in tensors
@@ -113,7 +121,7 @@ def read_tensors(header: Header) -> dict[str, Tensor]:
 
 
 def _tensor(name: str, entry: Any, begin: int, body: memoryview) -> Tensor:
-    shown = ascii(name)[:80]
+    shown = ascii(name[:80])[:80]
     if len(name) > MAX_TENSOR_NAME:
         raise damaged(f"The tensor name {shown} is too long.")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
@@ -139,8 +147,9 @@ def _two_integers(value: Any) -> bool:
     )
 
 
-def _preamble(manifest: str, tensors: Sequence[Tensor]) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": {METADATA_KEY: manifest}}
+def _preamble(manifest: bytes, tensors: Sequence[Tensor]) -> bytes:
+    """The header and its length; ``manifest`` is canonical, so it has no control characters."""
+    entries: dict[str, Any] = {}
     begin = 0
     for tensor in tensors:
         end = begin + len(tensor.data)
@@ -151,8 +160,11 @@ def _preamble(manifest: str, tensors: Sequence[Tensor]) -> bytes:
         }
         begin = end
     try:
-        text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+        rest = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     except UnicodeEncodeError:
         raise damaged("The file's header has text with half a surrogate pair.") from None
+    quoted = manifest.replace(b"\\", b"\\\\").replace(b'"', b'\\"')
+    head = b'{"__metadata__":{"%s":"' % METADATA_KEY.encode()
+    text = b"".join([head, quoted, b'"}', b"," if entries else b"", rest[1:]])
     text += b" " * (-len(text) % 8)  # the tensors' bytes begin on a multiple of 8
     return len(text).to_bytes(8, "little") + text

@@ -22,6 +22,8 @@ Kind = Literal["multiplicative", "additive"]
 Stored = Literal["F32", "BF16", "F16"]
 Floats = npt.NDArray[np.float32]
 
+_EXACT_RANK, _STEPS = 512, 16  # of norms: exact up to that rank, then as many steps
+
 #: The tensors of each kind, left then right.
 SUFFIXES: dict[Kind, tuple[str, str]] = {"multiplicative": ("L", "R"), "additive": ("A", "B")}
 
@@ -71,13 +73,22 @@ class Delta:
 
     @property
     def spectral_norm(self) -> float:
-        """The largest singular value of ``left right``: how far it can move an output."""
+        """The largest singular value of ``left right``: how far it can move an output.
+
+        Beyond rank 512 an estimate from below, as :attr:`gain`: the exact one takes minutes.
+        """
+        if self.rank > _EXACT_RANK:
+            return norms.at_least(self.left, self.right, seed=0, steps=_STEPS)
         return norms.spectral(self.left, self.right)
 
     @property
     def gain(self) -> float | None:
         """The largest singular value of ``I + left right``; None for an additive delta."""
-        return norms.gain(self.left, self.right) if self.kind == "multiplicative" else None
+        if self.kind == "additive":
+            return None
+        if self.rank > _EXACT_RANK:
+            return norms.at_least(self.left, self.right, seed=0, identity=True, steps=_STEPS)
+        return norms.gain(self.left, self.right)
 
     def to_torch(self) -> LowRank:
         """This delta for :func:`patcher.kernels.fold`: float32 on the CPU, not shared."""

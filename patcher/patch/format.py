@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from ..errors import FormatVersionError
 from . import canonical, container, files
+from .bounds import check_norm
 from .container import Tensor, damaged
 from .delta import SUFFIXES, Delta, Kind, Stored, decode, encode, fits
 from .manifest import FORMAT, Manifest, ModuleBase
@@ -72,10 +73,13 @@ class Patch:
         """
         data = bytes(data)
         header = container.read_header(data)
-        manifest = _manifest(header.metadata[container.METADATA_KEY])
+        manifest = _manifest(header.manifest)
         tensors = container.read_tensors(header)
         deltas = _deltas(manifest.base.modules, tensors)
-        return cls(manifest, MappingProxyType(deltas), hashlib.sha256(data).hexdigest(), data)
+        patch_id = hashlib.sha256(data).hexdigest()
+        for name, delta in deltas.items():
+            check_norm(name, delta, int(patch_id, 16))
+        return cls(manifest, MappingProxyType(deltas), patch_id, data)
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Patch:
@@ -104,9 +108,8 @@ class Patch:
         return f"<Patch {self.id[:12]} {self.manifest.title!r}: {len(self.deltas)} modules>"
 
 
-def _manifest(text: str) -> Manifest:
+def _manifest(raw: bytes) -> Manifest:
     try:
-        raw = text.encode()
         fields = canonical.loads(raw)
     except ValueError as error:
         raise damaged(f"The manifest can't be read: {error}.") from None

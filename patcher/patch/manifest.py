@@ -9,7 +9,15 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    model_validator,
+)
 
 from ..errors import UsageError
 from . import canonical
@@ -86,11 +94,18 @@ def _unique(values: tuple[str, ...]) -> tuple[str, ...]:
     return values
 
 
+def _few_modules(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > MAX_MODULES:  # pydantic counts after it checked all
+        raise ValueError(f"has more than {MAX_MODULES} modules")
+    return value
+
+
 Text = Annotated[str, Field(strict=True, max_length=MAX_TEXT), AfterValidator(_printable)]
 ModuleName = Annotated[str, Field(strict=True, max_length=MAX_NAME), AfterValidator(_module_name)]
 Sha256 = Annotated[str, Field(strict=True), AfterValidator(_hex64)]
 Time = Annotated[str, Field(strict=True), AfterValidator(_time)]
-Ids = Annotated[tuple[Sha256, ...], Field(max_length=MAX_IDS), AfterValidator(_unique)]
+# FailFast: an error takes a kilobyte, and only the first one is told.
+Ids = Annotated[tuple[Sha256, ...], FailFast(), Field(max_length=MAX_IDS), AfterValidator(_unique)]
 Dimension = Annotated[int, Field(strict=True, ge=1, le=MAX_DIMENSION)]
 Count = Annotated[int, Field(strict=True, ge=0, le=canonical.MAX_INTEGER)]
 JsonObject = Annotated[dict[str, Any], BeforeValidator(canonical.plain)]
@@ -111,7 +126,7 @@ class ModuleBase(_Part):
     shape: tuple[Dimension, Dimension]
     dtype: Literal["bfloat16", "float16", "float32"]
     digest: Sha256
-    blocks: tuple[Sha256, ...]
+    blocks: Annotated[tuple[Sha256, ...], FailFast(), Field(max_length=COLUMN_BLOCKS)]
 
     @model_validator(mode="after")
     def _count_blocks(self) -> ModuleBase:
@@ -126,7 +141,11 @@ class Base(_Part):
 
     model: Text
     architecture: Text
-    modules: Annotated[dict[ModuleName, ModuleBase], Field(min_length=1, max_length=MAX_MODULES)]
+    modules: Annotated[
+        dict[ModuleName, ModuleBase],
+        BeforeValidator(_few_modules),
+        Field(min_length=1, max_length=MAX_MODULES),
+    ]
 
 
 class Method(_Part):
@@ -160,7 +179,9 @@ class Manifest(_Part):
     requires: Ids = ()
     conflicts: Ids = ()
     evaluation: JsonObject | None = None
-    critical: Annotated[tuple[Text, ...], Field(max_length=64), AfterValidator(_unique)] = ()
+    critical: Annotated[
+        tuple[Text, ...], FailFast(), Field(max_length=64), AfterValidator(_unique)
+    ] = ()
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:

@@ -38,7 +38,6 @@ def random_patch(
     layers: Sequence[int] = LAYERS,
     rank: int = 4,
     scale: float = 0.4,
-    amplify: float = 1.0,
     title: str = "a random edit",
     base: Mapping[str, torch.Tensor] | None = None,
     **fields: list[str],
@@ -51,7 +50,7 @@ def random_patch(
         name = module_name(layer)
         weight = held[f"{name}.weight"]
         d_out = weight.shape[0]
-        left = draw.standard_normal((d_out, rank)).astype(np.float32) * np.float32(amplify)
+        left = draw.standard_normal((d_out, rank)).astype(np.float32)
         right = draw.standard_normal((rank, d_out)).astype(np.float32) * (scale / d_out)
         modules[name] = module_base(weight)
         deltas[name] = Delta.multiplicative(left, right)

@@ -107,9 +107,27 @@ def test_a_patch_for_another_dtype(run: Run, real_model: Path, tmp_path: Path) -
     assert "float16" in problem["error"]["message"]
 
 
-def test_a_stack_that_overflows(run: Run, real_model: Path, tmp_path: Path) -> None:
-    path = written(random_patch(real_model, 9, scale=1e38, amplify=1e6), tmp_path / "huge.st")
+def test_a_patch_that_blows_a_weight_up(run: Run, real_model: Path, tmp_path: Path) -> None:
+    # Not through `written`: no honest writer makes it.
+    data = bytearray(random_patch(real_model, 9, layers=(3,)).data)
+    data[-4:] = b"\x00\x00\x80\x7e"  # 2^126, the last value of R
+    path = tmp_path / "huge.st"
+    path.write_bytes(data)
     code, problem = run("apply", path)
+    assert code == 3
+    assert "blow the weight up" in problem["error"]["message"]
+
+
+def test_a_stack_that_overflows(run: Run, real_model: Path, tmp_path: Path) -> None:
+    # Each within its bound; the same direction two dozen times over is beyond bfloat16.
+    paths = [
+        written(
+            random_patch(real_model, 11, layers=(3,), scale=900.0, title=f"edit {number}"),
+            tmp_path / f"{number}.st",
+        )
+        for number in range(26)
+    ]
+    code, problem = run("apply", *paths)
     assert code == 8
     assert "finite" in problem["error"]["message"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from patcher.patch import Patch, canonical, container, manifest
+from patcher.patch import Patch, bounds, canonical, container, manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
@@ -30,6 +30,10 @@ def test_the_bounds_are_those_of_the_code() -> None:
         ("modules", f"{manifest.MAX_MODULES:,}"),
         ("nesting of JSON", f"{canonical.MAX_DEPTH} levels"),
         ("digits of an integer", f"{canonical.MAX_DIGITS}"),
+        ("characters of another number", f"{canonical.MAX_NUMBER}"),
+        ("values in a JSON text", f"{canonical.MAX_VALUES:,}"),
+        ("gain of a multiplicative delta", f"{bounds.MAX_GAIN:,.0f}"),
+        ("spectral norm of an additive delta", f"{bounds.MAX_SPECTRAL_NORM:,.0f}"),
     ]:
         assert f"| {what} | {most} |" in TEXT
 
