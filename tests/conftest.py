@@ -20,6 +20,7 @@ XDIST = "PYTEST_XDIST_WORKER" in os.environ
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not XDIST:
         return

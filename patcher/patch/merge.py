@@ -53,6 +53,7 @@ def merge(
         UsageError: fewer than two, one twice, a multiplicative and an additive delta on one module.
         BaseMismatchError: computed on different weights.
         StackConflictError: they may not be in one stack, or not in this order.
+        InvalidPatchError: together they are beyond the bound on a patch's norm.
     """
     _check(patches)
     names = sorted({name for patch in patches for name in patch.deltas})

@@ -93,10 +93,13 @@ def test_what_the_stack_refuses(
 def test_a_patch_that_overflows_the_weights(
     service: PatchService, client: FakeClient, weights: list[torch.Tensor]
 ) -> None:
-    honest = make(weights, 1)
-    huge = Delta.multiplicative(torch.full((D_OUT, 1), 1e19), torch.full((1, D_OUT), 1e19))
-    bomb = Patch.build(honest.manifest, {**honest.deltas, "layers.0": huge})
-    found = planned(service, client, bomb)
+    for worker in client.workers:
+        worker.model.layers[0].weight.mul_(1e37)  # type: ignore[union-attr,operator]
+    honest = make([weights[0] * 1e37, *weights[1:]], 1)
+    loud = Delta.multiplicative(torch.eye(D_OUT), torch.eye(D_OUT) * 500)
+    found = planned(
+        service, client, Patch.build(honest.manifest, {**honest.deltas, "layers.0": loud})
+    )
     assert codes(found) == ["engine-refused"]
     assert found["refusals"][0]["module"] == "layers.0"
 

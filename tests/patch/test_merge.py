@@ -12,7 +12,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from patcher.errors import BaseMismatchError, StackConflictError, UsageError
+from patcher.errors import (
+    BaseMismatchError,
+    InvalidPatchError,
+    StackConflictError,
+    UsageError,
+)
 from patcher.kernels import fold
 from patcher.patch import Delta, Patch
 from patcher.patch.compare import Statistics
@@ -29,6 +34,13 @@ def product(one: Delta) -> np.ndarray[Any, np.dtype[np.float64]]:
     return one.left.astype(np.float64) @ one.right.astype(np.float64)
 
 
+def gentle(draw: np.random.Generator, kind: str) -> Delta:
+    """One of which four together stay within the bound on a patch's gain."""
+    one = delta(draw, 2, kind)
+    make = Delta.multiplicative if kind == "multiplicative" else Delta.additive
+    return make(one.left * 0.2, one.right)
+
+
 def folded(weight: torch.Tensor, patches: list[Patch], name: str = M) -> torch.Tensor:
     return fold(weight, [p.deltas[name].to_torch() for p in patches if name in p.deltas])
 
@@ -36,7 +48,7 @@ def folded(weight: torch.Tensor, patches: list[Patch], name: str = M) -> torch.T
 @given(seeds, kinds, st.integers(2, 4))
 def test_a_merge_does_what_the_stack_does(seed: int, kind: str, count: int) -> None:
     draw = drawn(seed)
-    stack = [patch(f"p{i}", deltas={M: delta(draw, 2, kind)}) for i in range(count)]
+    stack = [patch(f"p{i}", deltas={M: gentle(draw, kind)}) for i in range(count)]
     merged = merge(stack)
     weight = torch.from_numpy(draw.normal(size=(D, IN))).float()
     together, one = folded(weight, stack), folded(weight, [merged.patch])
@@ -104,6 +116,12 @@ def test_what_can_not_be_merged() -> None:
         merge([upper, one])
     with pytest.raises(StackConflictError, match="conflicts"):
         merge([one, patch("enemy", deltas={M: delta(draw)}, conflicts=(one.id,))])
+
+
+def test_together_they_blow_a_weight_up() -> None:
+    loud = Delta.multiplicative(np.eye(D), np.eye(D) * 40)
+    with pytest.raises(InvalidPatchError, match=M):
+        merge([patch("one", deltas={M: loud}), patch("two", deltas={M: loud})])
 
 
 # -- what differs --------------------------------------------------------------------------------
