@@ -20,14 +20,14 @@ XDIST = "PYTEST_XDIST_WORKER" in os.environ
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if XDIST and _starts_engines(item):
+        item.add_marker(pytest.mark.xdist_group("engine"))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not XDIST:
-        return
-    for item in items:
-        if _starts_engines(item):
-            item.add_marker(pytest.mark.xdist_group("engine"))
-    items.sort(key=lambda item: not _starts_engines(item))
+    if XDIST:
+        items.sort(key=lambda item: not _starts_engines(item))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -173,7 +173,8 @@ async def _signatures(service: PatchService, request: Request, actor: str) -> Re
 
 async def _plan(service: PatchService, request: Request, actor: str) -> Response:
     try:
-        wanted = ToPlan.model_validate_json(await _body(request, MAX_PLAN_BYTES, UsageError))
+        body = await _body(request, MAX_PLAN_BYTES, UsageError)
+        wanted = await asyncio.to_thread(ToPlan.model_validate_json, body)
     except ValidationError:
         raise UsageError(
             "The body is no plan.", "Send patches and signatures, each a list of base64."
