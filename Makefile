@@ -30,7 +30,7 @@ demo: install model ## the main job on real input: forget while serving, and tak
 	@.venv/bin/python bench/demo.py
 
 test: install model ## the whole suite (PYTEST="-k name" for a part)
-	@.venv/bin/python -m pytest -n 2 --dist loadgroup $(PYTEST)
+	@.venv/bin/python -m pytest -n 2 $(PYTEST)
 
 fuzz: $(FUZZER) ## a million made files against the reader of patches (docs/fuzzing.md)
 	@.venv/bin/python -m bench.fuzz $(FUZZ)

@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,29 +15,33 @@ from tests.small_patch import small_patch
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+REPOSITORY = Path(__file__).resolve().parents[1]
+
 # `make test` runs two workers of pytest-xdist: engines one after another on the one, with both
 # cores when they want them; everything else on the other, with what is left.
 XDIST = "PYTEST_XDIST_WORKER" in os.environ
-REPOSITORY = Path(__file__).resolve().parents[1]
+ENGINES = ("tests/engine/", "tests/test_bench_soak.py")
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    if XDIST and _starts_engines(item):
-        item.add_marker(pytest.mark.xdist_group("engine"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "engines" if nodeid.startswith(ENGINES) else nodeid.partition("::")[0]
+
+    return Scheduling(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if XDIST:
-        items.sort(key=lambda item: not _starts_engines(item))
+        items.sort(key=lambda item: not item.nodeid.startswith(ENGINES))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if XDIST and not _starts_engines(item):
+    if XDIST and not item.nodeid.startswith(ENGINES):
         os.nice(19)
-
-
-def _starts_engines(item: pytest.Item) -> bool:
-    return item.get_closest_marker("engine") is not None
 
 
 @pytest.fixture(scope="session")
