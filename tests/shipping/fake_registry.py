@@ -6,12 +6,20 @@ import base64
 import hashlib
 import json
 import re
+import ssl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import ip_address
+from pathlib import Path
 from threading import Thread
 from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 INDEX = "application/vnd.oci.image.index.v1+json"
 _PATH = re.compile(r"/v2/(.+)/(blobs|manifests|referrers)/(.*)")
@@ -20,8 +28,12 @@ _PATH = re.compile(r"/v2/(.+)/(blobs|manifests|referrers)/(.*)")
 class FakeRegistry(ThreadingHTTPServer):
     """``lie``: answers a request by itself and returns True, or leaves it to the registry."""
 
-    def __init__(self) -> None:
+    def __init__(self, certificate: Path | None = None) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
+        if certificate is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            self.socket = context.wrap_socket(self.socket, server_side=True)
         self.host = f"127.0.0.1:{self.server_port}"
         self.login: str | None = None  # NAME:PASSWORD, if tokens are asked for
         self.lie: Callable[[_Handler], bool] = lambda _: False
@@ -30,9 +42,35 @@ class FakeRegistry(ThreadingHTTPServer):
         self.seen: list[str] = []
 
 
+def self_signed(path: Path) -> Path:
+    """A certificate of 127.0.0.1 and its key, in one file."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test")])
+    now = datetime.now(UTC)
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(hours=1))
+        .not_valid_after(now + timedelta(hours=1))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .add_extension(
+            x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False
+        )
+        .sign(key, hashes.SHA256())
+    )
+    pem, kind = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    secret = key.private_bytes(pem, kind, serialization.NoEncryption())
+    path.write_bytes(made.public_bytes(pem) + secret)
+    return path
+
+
 @contextmanager
-def registry_in_memory() -> Iterator[FakeRegistry]:
-    server = FakeRegistry()
+def registry_in_memory(certificate: Path | None = None) -> Iterator[FakeRegistry]:
+    """``certificate``: speaks TLS with it and its key, which are in that file."""
+    server = FakeRegistry(certificate)
     Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
         yield server

@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 
+from patcher.client import Engine
 from patcher.errors import InvalidPatchError, ShippingError, UsageError
 from patcher.shipping import pull, push, registry
 from patcher.shipping.registry import MANIFEST
 from tests.cli.running import document, run
+from tests.fake_engine import TOKEN, FakeEngine
 from tests.shipping.conftest import registry_process
-from tests.shipping.fake_registry import FakeRegistry, registry_in_memory
+from tests.shipping.fake_registry import FakeRegistry, registry_in_memory, self_signed
 from tests.signing.reviewers import Reviewers
 from tests.small_patch import small_patch
 
@@ -209,6 +211,31 @@ def test_plain_http_to_another_machine(
     assert pull(where, insecure=True)[0] == small_patch()
 
 
+def test_a_registry_with_tls_sends_us_to_plain_http(
+    other: FakeRegistry, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push(file, f"oci://{other.host}/team/forget:v1")
+    seen = len(other.seen)
+    certificate = self_signed(tmp_path / "tls.pem")
+    monkeypatch.setattr(registry, "is_loopback", lambda _: False)
+    with registry_in_memory(certificate) as secure:
+        target = f"oci://{secure.host}/team/forget:v1"
+        with pytest.raises(ShippingError, match="certificate"):
+            push(file, target)
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
+        assert pull(push(file, target))[0] == small_patch()
+
+        def away(request: Any) -> bool:
+            if request.command == "GET":
+                request.answer(307, Location=f"http://{other.host}{request.path}")
+            return bool(request.command == "GET")
+
+        secure.lie = away
+        with pytest.raises(ShippingError):
+            pull(target)
+    assert len(other.seen) == seen
+
+
 def test_a_registry_on_this_machine_is_not_behind_the_proxy(
     other: FakeRegistry, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -245,3 +272,19 @@ def test_the_commands_say_what_went_wrong(other: FakeRegistry, tmp_path: Path) -
     told = run("pull", f"oci://{other.host}/no/such:v1", "-o", tmp_path / "q.st", "--json")
     assert told.exit_code == 14
     assert document(told)["error"]["code"] == "not-shipped"
+
+
+def test_urls_from_python(
+    other: FakeRegistry, file: Path, tmp_path: Path, fake: FakeEngine
+) -> None:
+    (tmp_path / "people").mkdir()
+    alice = Reviewers(tmp_path / "people").bundle("alice", small_patch())
+    file.with_name("p.st.alice.sig").write_bytes(alice)
+    where = push(file, f"oci://{other.host}/team/forget:v1")
+    with Engine(fake.url, TOKEN) as engine:
+        assert engine.apply(where)["stack"] == [small_patch().id]
+        assert fake.signatures == [(small_patch().id, alice)]
+        with pytest.raises(InvalidPatchError, match="Somebody exchanged it"):
+            engine.replace(where.partition("#")[0] + f"#sha256={'0' * 64}", all=True)
+        with pytest.raises(ShippingError, match="isn't there"):
+            engine.plan(f"oci://{other.host}/team/forget:v2")
