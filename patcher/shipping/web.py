@@ -23,8 +23,6 @@ class WebFile(Anywhere):
         return self._fs.open(path, "rb", block_size=0)
 
     def _beside(self) -> dict[str, bytes]:
-        if "?" in self._path:
-            return {}  # signed or computed: what lies beside it has another query
         listed = self._suffixes()[:MAX_BESIDE]
         beside = {one: self._read(self._path + one, most_of(one)) for one in listed}
         if not beside:
