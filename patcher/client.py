@@ -24,7 +24,7 @@ from patcher.errors import (
     UnknownPatchError,
     UsageError,
 )
-from patcher.given import PatchSource, bundles_with, guards_in, read_patch, resolve, whole_id
+from patcher.given import PatchSource, guards_in, patches_in, resolve, whole_id
 from patcher.problems import is_entry, json_object, refusal
 from patcher.protocol import (
     ROUTE,
@@ -123,8 +123,7 @@ class Engine:
         Raises :class:`~patcher.errors.InvalidPatchError` before any request if the file is
         damaged.
         """
-        read = read_patch(patch)
-        bundles = bundles_with([patch], [read])
+        (read,), bundles = patches_in([patch])
         uploaded = self._upload(read)
         for patch_id, bundle in bundles:
             self.sign(patch_id, bundle)
@@ -165,18 +164,20 @@ class Engine:
         ttl: str | float | None = None,
         signatures: Sequence[str | PathLike[str]] = (),
     ) -> Change:
-        """Upload patches (paths, bytes or :class:`~patcher.Patch`) and put them on the top.
+        """Upload patches (paths, URLs, bytes, :class:`~patcher.Patch`) and put them on the top.
 
         All of them or none, in one change. Files are read and checked before the first
-        request. ``in_flight`` says what happens to running requests: ``recompute`` (they go
-        on, recomputed under the new weights), ``drain`` (they end first), ``abort``, ``continue``
-        (they go on over what the old weights cached; nobody else gets that).
+        request; of URLs see docs/shipping.md. ``in_flight`` says what happens to running
+        requests: ``recompute`` (they go on, recomputed under the new weights), ``drain`` (they
+        end first), ``abort``, ``continue`` (they go on over what the old weights cached; nobody
+        else gets that).
         ``guards`` are JSON Lines files or mappings (docs/protocol.md, "Guards") that must hold
         on the live engine, or the change is taken back. ``ttl`` (seconds, or a text like
         ``2h``) is when these patches are reverted, unless :meth:`confirm` comes first.
         ``signatures``: bundles beside those that lie next to the files (:meth:`upload`).
 
         Raises :class:`~patcher.errors.InvalidPatchError`,
+        :class:`~patcher.errors.ShippingError` (nothing to be had at a URL),
         :class:`~patcher.errors.TrustError` (the engine's policy doesn't admit a patch),
         :class:`~patcher.errors.AlreadyAppliedError`,
         :class:`~patcher.errors.BaseMismatchError`,
@@ -187,8 +188,7 @@ class Engine:
         """
         if not patches:
             raise UsageError("No patch to apply.", "Name at least one patch file.")
-        read = [read_patch(patch) for patch in patches]
-        bundles = bundles_with(patches, read, signatures)
+        read, bundles = patches_in(patches, signatures)
         checked = guards_in(guards)
         lasts = None if ttl is None else seconds(ttl)
         status = self.status()
@@ -220,12 +220,10 @@ class Engine:
         """
         if not patches:
             raise UsageError("No patch to plan for.", "Name at least one patch file.")
-        read = [read_patch(patch) for patch in patches]
+        read, bundles = patches_in(patches, signatures)
         body = {
             "patches": [b64encode(patch.data).decode() for patch in read],
-            "signatures": [
-                b64encode(bundle).decode() for _, bundle in bundles_with(patches, read, signatures)
-            ],
+            "signatures": [b64encode(bundle).decode() for _, bundle in bundles],
         }
         answer = self._call("POST", "plan", ("ok", "refusals"), wait=_VERIFY_S, json=body)
         return cast(Plan, answer)
@@ -247,8 +245,7 @@ class Engine:
         """
         if all == bool(ids):
             raise UsageError("Say which patches to replace.", "Give their ids, or ask for all.")
-        read = read_patch(patch)
-        bundles = bundles_with([patch], [read], signatures)
+        (read,), bundles = patches_in([patch], signatures)
         checked = guards_in(guards)
         status = self.status()
         stack = status["stack"]

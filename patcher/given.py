@@ -50,26 +50,42 @@ def whole_id(patch_id: str) -> str:
     return patch_id
 
 
-def read_patch(source: PatchSource) -> Patch:
-    """The patch that a caller gave; raises :class:`~patcher.errors.InvalidPatchError`."""
+def patches_in(
+    sources: Sequence[PatchSource], named: Sequence[str | PathLike[str]] = ()
+) -> tuple[list[Patch], list[tuple[str, bytes]]]:
+    """The patches that a caller gave, and their signatures, each with the id of its patch.
+
+    Signatures are ``named``, or lie beside a patch's file, or where its URL says.
+
+    Raises :class:`~patcher.errors.InvalidPatchError`, :class:`~patcher.errors.ShippingError`
+    for a URL, and :class:`~patcher.errors.UsageError` for a named file that is no signature of
+    these patches.
+    """
+    from patcher.shipping import is_remote, pull
+    from patcher.signing import bundles_of
+
+    read: list[tuple[Patch, Path | None]] = []
+    pulled: list[tuple[str, bytes]] = []
+    for source in sources:
+        if isinstance(source, str) and is_remote(source):
+            patch, beside = pull(source)
+            read.append((patch, None))
+            pulled += [(patch.id, data) for name, data in beside.items() if name.endswith(".sig")]
+        else:
+            read.append(_read(source))
+    lying = bundles_of(((patch.id, path) for patch, path in read), map(Path, named))
+    return [patch for patch, _ in read], list(dict.fromkeys(lying + pulled))
+
+
+def _read(source: PatchSource) -> tuple[Patch, Path | None]:
+    """A patch, and its file where it has one."""
     from patcher.patch import Patch
 
     if isinstance(source, Patch):
-        return source
-    return Patch.from_bytes(source) if isinstance(source, bytes) else Patch.read(source)
-
-
-def bundles_with(
-    sources: Sequence[PatchSource],
-    read: Sequence[Patch],
-    named: Sequence[str | PathLike[str]] = (),
-) -> list[tuple[str, bytes]]:
-    """The signatures of patches, ``read`` from ``sources``: beside their files, and ``named``."""
-    from patcher.patch import Patch
-    from patcher.signing import bundles_of
-
-    files = [None if isinstance(one, bytes | Patch) else Path(one) for one in sources]
-    return bundles_of(zip((one.id for one in read), files, strict=True), map(Path, named))
+        return source, None
+    if isinstance(source, bytes):
+        return Patch.from_bytes(source), None
+    return Patch.read(source), Path(source)
 
 
 def guards_in(sources: GuardSource | Sequence[GuardSource]) -> list[dict[str, Any]]:

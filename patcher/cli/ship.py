@@ -11,7 +11,7 @@ from patcher.cli.output import facts, note, print_json, size
 from patcher.errors import UsageError
 
 insecure_option = click.option(
-    "--insecure", is_flag=True, help="Plain http to a registry that isn't on this machine."
+    "--insecure", is_flag=True, help="Plain http to a host that isn't this machine."
 )
 
 

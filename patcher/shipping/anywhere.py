@@ -1,7 +1,7 @@
-"""Any place that fsspec knows: ``file://``, ``https://``, ``s3://``, ``gs://``, ``hf://`` …
+"""Any place that fsspec knows: ``file://``, ``s3://``, ``gs://`` …
 
-``hf://owner/repo/path.st@revision`` is ``huggingface_hub``'s own file system. What lies beside a
-patch is a file beside it; a place that can't list (plain https) gives the patch alone.
+What lies beside a patch is a file beside it,
+for those places that can list a folder.
 """
 
 from __future__ import annotations
@@ -9,13 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import ShippingError
+from ..patch import files
 from ..patch.container import MAX_FILE_BYTES
-from ..signing import MAX_BUNDLE_BYTES
 from .needs import needed
-from .places import BESIDE, Parcel
+from .places import BESIDE, MAX_BESIDE, Parcel, all_of, failed, most_of
 
-_MOST_BESIDE = 64
-MAX_REPORT_BYTES = 16 << 20
+_CURE = "Is it there, and may you? See docs/shipping.md."
 
 
 class Anywhere:
@@ -26,69 +25,52 @@ class Anywhere:
         fsspec = needed("fsspec")
         try:
             self._fs, self._path = fsspec.core.url_to_fs(url)
-        except (ImportError, ValueError) as error:
-            raise ShippingError(
-                f"Can't ship to {url}: {error}.", "Install the package that it names."
-            ) from None
+        except Exception as error:  # every file system has its own
+            cure = "Install the package that it names." if isinstance(error, ImportError) else _CURE
+            raise failed(f"Can't ship to {url}", error, cure) from error
 
     def send(self, parcel: Parcel) -> str:
         """Write the patch last, so that whoever finds it finds its signatures, too."""
         try:
-            parent = self._path.rpartition("/")[0]
-            if parent and self._fs.protocol in ("file", ("file", "local")):
-                self._fs.makedirs(parent, exist_ok=True)
             for suffix, data in parcel.beside.items():
-                self._fs.pipe_file(self._path + suffix, data)
-            self._fs.pipe_file(self._path, parcel.data)
-        except Exception as error:  # every file system has its own
-            raise _failed(f"Can't write {self.url}", error) from error
+                self._write(self._path + suffix, data)
+            self._write(self._path, parcel.data)
+        except Exception as error:
+            raise failed(f"Can't write {self.url}", error, _CURE) from error
         return self.url
 
     def fetch(self) -> Parcel:
         """The file and those beside it."""
-        data = self._read(self._path, MAX_FILE_BYTES)
-        beside = {}
-        for name in self._names()[:_MOST_BESIDE]:
-            suffix = name[len(self._path) :]
-            most = MAX_BUNDLE_BYTES if suffix.endswith(".sig") else MAX_REPORT_BYTES
-            beside[suffix] = self._read(name, most)
-        return Parcel(data, beside)
+        return Parcel(self._read(self._path, MAX_FILE_BYTES), self._beside())
 
-    def _names(self) -> list[str]:
-        parent = self._path.rpartition("/")[0]
+    def _beside(self) -> dict[str, bytes]:
+        listed = self._suffixes()[:MAX_BESIDE]
+        return {one: self._read(self._path + one, most_of(one)) for one in listed}
+
+    def _write(self, path: str, data: bytes) -> None:
+        if "file" not in self._fs.protocol:  # a name, or several in a tuple
+            self._fs.pipe_file(path, data)
+            return
+        self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+        files.write(path, data)
+
+    def _suffixes(self) -> list[str]:
+        folder = self._path.rpartition("/")[0]
         try:
-            found = [str(one) for one in self._fs.ls(parent, detail=False)]
+            names = [str(one) for one in self._fs.ls(folder, detail=False)]
         except Exception:  # it can't list, or may not
             return []
-        return sorted(
-            one
-            for one in found
-            if one.startswith(self._path) and BESIDE.fullmatch(one[len(self._path) :])
-        )
+        suffixes = [one[len(self._path) :] for one in names if one.startswith(self._path)]
+        return sorted(one for one in suffixes if BESIDE.fullmatch(one))
+
+    def _open(self, path: str) -> Any:
+        return self._fs.open(path, "rb")
 
     def _read(self, path: str, most: int) -> bytes:
         try:
-            with self._fs.open(path, "rb") as file:
-                data: bytes = _all_of(file, most)
+            with self._open(path) as file:
+                return all_of(file, most, self.url)
+        except ShippingError:
+            raise
         except Exception as error:
-            raise _failed(f"Can't read {self.url}", error) from error
-        if len(data) > most:
-            raise ShippingError(
-                f"{self.url} is larger than {most} bytes, the most that is read.",
-                "Is that the right file?",
-            )
-        return data
-
-
-def _all_of(file: Any, most: int) -> bytes:
-    """Up to one byte more than ``most``; a stream may give less at a time than it is asked for."""
-    parts, left = [], most + 1
-    while left > 0 and (part := file.read(min(left, 1 << 20))):
-        parts.append(part)
-        left -= len(part)
-    return b"".join(parts)
-
-
-def _failed(what: str, error: Exception) -> ShippingError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-    return ShippingError(f"{what}: {reason}.", "Is it there, and may you? See docs/shipping.md.")
+            raise failed(f"Can't read {self.url}", error, _CURE) from error

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from ..address import is_loopback
 from ..errors import InvalidPatchError, UsageError
 from ..patch import Patch, files
-from ..signing import bundles_of
+from ..signing import MAX_BUNDLE_BYTES, bundle_subject, bundles_of
 from ..signing.bundles import beside
-from .anywhere import MAX_REPORT_BYTES, Anywhere
-from .places import BESIDE, Parcel, Place, checked_beside, parsed
+from .anywhere import Anywhere
+from .hub import HubFile
+from .places import BESIDE, MAX_REPORT_BYTES, Parcel, Place, named_by_content, parsed, shown
 from .registry import OciArtifact
+from .web import WebFile
 
 
 def push(
@@ -29,7 +32,7 @@ def push(
         target: a URL.
         signatures: more of them.
         report: a file like the page of ``patcher evaluate --report``.
-        insecure: speak plain http to a registry that isn't on this machine.
+        insecure: speak plain http to a host that isn't this machine.
 
     Raises:
         InvalidPatchError: the file is damaged.
@@ -43,6 +46,7 @@ def push(
     found = _signatures(path, patch, signatures)
     if report is not None:
         found[_report_suffix(report)] = files.read(report, MAX_REPORT_BYTES)
+    _check_plain_http(bare, insecure)
     where = _place(bare, insecure).send(Parcel(patch.data, found))
     return f"{where}#sha256={patch.id}"
 
@@ -52,7 +56,8 @@ def pull(
 ) -> tuple[Patch, dict[str, bytes]]:
     """The patch at a URL and what lies beside it there, by suffix (``.alice.sig``).
 
-    ``pin``: the id that it must have, unless the URL says it (``#sha256=…``).
+    ``pin``: the id that it must have, unless the URL says it (``#sha256=…``). ``insecure``:
+    by plain http from a host that isn't this machine.
 
     Raises:
         ShippingError: nothing is there, or it can't be had.
@@ -60,15 +65,18 @@ def pull(
         UsageError: a URL that isn't one.
     """
     bare, named = parsed(source)
+    _check_plain_http(bare, insecure or pin is not None or named is not None)
     parcel = _place(bare, insecure).fetch()
     patch = Patch.from_bytes(parcel.data)
     for wanted in (pin, named):
         if wanted not in (None, patch.id):
             raise InvalidPatchError(
-                f"{bare} holds {patch.id[:12]}, not {str(wanted)[:12]}.",
+                f"{shown(bare)} holds {patch.id[:12]}, not {str(wanted)[:12]}.",
                 "Somebody exchanged it, or the pin is of another version.",
             )
-    return patch, dict(checked_beside(parcel.beside))
+    return patch, {
+        suffix: data for suffix, data in parcel.beside.items() if _belongs(suffix, data, patch.id)
+    }
 
 
 def save(patch: Patch, beside_it: dict[str, bytes], path: Path) -> list[Path]:
@@ -81,19 +89,33 @@ def save(patch: Patch, beside_it: dict[str, bytes], path: Path) -> list[Path]:
     return others
 
 
+def _belongs(suffix: str, data: bytes, patch_id: str) -> bool:
+    """Whether it can lie beside the patch; other names and others' signatures may be a trick."""
+    if not BESIDE.fullmatch(suffix):
+        return False
+    return not suffix.endswith(".sig") or bundle_subject(data) == patch_id
+
+
 def _signatures(path: Path, patch: Patch, named: Iterable[Path]) -> dict[str, bytes]:
-    """By suffix: those beside the file under their own, others numbered."""
+    """By suffix: those beside the file under their own, others under one that nobody else has."""
     given = dict.fromkeys(bundle for _, bundle in bundles_of([(patch.id, path)], named))
     found: dict[str, bytes] = {}
     for one in beside(path):
         suffix = one.name.removeprefix(path.name)
         if BESIDE.fullmatch(suffix):
-            data = one.read_bytes()
+            data = files.read(one, MAX_BUNDLE_BYTES)
             if data in given:
                 found[suffix] = data
-    for number, data in enumerate((d for d in given if d not in found.values()), start=1):
-        found[f".{number}.sig"] = data
-    return found
+    known = set(found.values())
+    return found | {named_by_content(data): data for data in given if data not in known}
+
+
+def _check_plain_http(url: str, allowed: bool) -> None:
+    """Anybody on the way could exchange what comes by plain http, unless its id is known."""
+    if url.lower().startswith("http://") and not allowed and not is_loopback(url):
+        raise UsageError(
+            f"{shown(url)} is plain http.", "Use https, pin the id with #sha256=…, or --insecure."
+        )
 
 
 def _report_suffix(report: Path) -> str:
@@ -107,4 +129,9 @@ def _report_suffix(report: Path) -> str:
 
 
 def _place(url: str, insecure: bool) -> Place:
-    return OciArtifact(url, insecure=insecure) if url.startswith("oci://") else Anywhere(url)
+    scheme = url.partition("://")[0].lower()
+    if scheme == "oci":
+        return OciArtifact(url, insecure=insecure)
+    if scheme == "hf":
+        return HubFile(url)
+    return WebFile(url) if scheme in ("http", "https") else Anywhere(url)

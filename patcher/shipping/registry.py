@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,10 +19,9 @@ from ..address import is_loopback
 from ..errors import ShippingError, UsageError
 from ..patch import canonical
 from ..patch.container import MAX_FILE_BYTES
-from ..signing import MAX_BUNDLE_BYTES
-from .anywhere import MAX_REPORT_BYTES
 from .needs import needed
-from .places import Parcel
+from .places import MAX_BESIDE, Parcel, failed, most_of, named_by_content
+from .session import opened
 
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 INDEX = "application/vnd.oci.image.index.v1+json"
@@ -31,9 +31,16 @@ SIGNATURE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 REPORT = "application/vnd.vllm-patcher.report.v1"
 SUFFIX = "org.vllm-patcher.suffix"  # annotation: what is put after the patch file's name
 MAX_MANIFEST_BYTES = 1 << 20
-_MOST_REFERRERS = 64
-_TIMEOUT = 60.0  # seconds without a byte
 Descriptor = dict[str, Any]
+
+# The specification's grammar, with the host that it leaves to the client: never a default one.
+_COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+_NAME = re.compile(
+    r"oci://(?P<host>(?:[a-z0-9.-]+|\[[0-9a-f:]+\])(?::[0-9]{1,5})?)/"
+    rf"(?P<repository>{_COMPONENT}(?:/{_COMPONENT})*)"
+    rf"(?::(?P<tag>[A-Za-z0-9_][A-Za-z0-9._-]{{0,127}}))?(?:@(?P<digest>{_DIGEST.pattern}))?",
+)
 
 
 class OciArtifact:
@@ -41,23 +48,9 @@ class OciArtifact:
 
     def __init__(self, url: str, *, insecure: bool = False) -> None:
         self.url = url
-        provider, container = needed("oras.provider"), needed("oras.container")
-        try:
-            self._at = container.Container(url.removeprefix("oci://"))
-        except ValueError:
-            raise UsageError(
-                f"{url} names no repository.", "Write oci://host[:port]/repository:tag."
-            ) from None
-        plain = insecure or is_loopback(f"http://{self._at.registry}")
-
-        class Registry(provider.Registry):  # type: ignore[misc, name-defined]
-            # oras tries six times, two minutes in all; whoever waits can do that better.
-            do_request = provider.Registry.do_request.__wrapped__
-
-        self._registry = Registry(insecure=plain)
-        adapter = _bounded_waits()
-        for scheme in ("http://", "https://"):
-            self._registry.session.mount(scheme, adapter)
+        self._at = _container(url)
+        here = is_loopback(f"http://{self._at.registry}")
+        self._registry = opened(plain=insecure or here, here=here)
 
     def send(self, parcel: Parcel) -> str:
         """Put patch and referrers there; the URL returned has the manifest's digest."""
@@ -82,21 +75,21 @@ class OciArtifact:
             if self._at.digest and self._at.digest != f"sha256:{hashlib.sha256(raw).hexdigest()}":
                 raise ShippingError(f"{self.url} gave another manifest than its digest.", "")
             data = self._layer(raw, PATCH, MAX_FILE_BYTES)[1]
-            digest = f"sha256:{hashlib.sha256(raw).hexdigest()}"
             beside: dict[str, bytes] = {}
-            for one in self._referrers(digest)[:_MOST_REFERRERS]:
-                if one.get("artifactType") in (SIGNATURE, REPORT):
-                    suffix, content = self._beside(str(one.get("digest")), one["artifactType"])
-                    beside[suffix] = content
+            for one in self._referrers(f"sha256:{hashlib.sha256(raw).hexdigest()}")[:MAX_BESIDE]:
+                suffix, content = self._beside(str(one.get("digest")), one["artifactType"])
+                if beside.get(suffix, content) != content and suffix.endswith(".sig"):
+                    suffix = named_by_content(content)  # two people's, of the same name
+                beside[suffix] = content
         return Parcel(data, beside)
 
     # -- manifests and blobs ---------------------------------------------------------------------
 
     def _beside(self, digest: str, kind: str) -> tuple[str, bytes]:
+        _check_digest(digest)
         raw = self._get(digest, (MANIFEST,))
         _check(raw, digest)
-        most = MAX_BUNDLE_BYTES if kind == SIGNATURE else MAX_REPORT_BYTES
-        manifest, content = self._layer(raw, kind, most)
+        manifest, content = self._layer(raw, kind, most_of(".sig" if kind == SIGNATURE else ""))
         return str((manifest.get("annotations") or {}).get(SUFFIX, "")), content
 
     def _layer(self, raw: bytes, kind: str, most: int) -> tuple[dict[str, Any], bytes]:
@@ -111,6 +104,7 @@ class OciArtifact:
                 f"{self.url} names {str(size)[:40]} bytes; {most} are read at most.",
                 "Is that the right repository?",
             )
+        _check_digest(digest)
         answer = self._registry.get_blob(self._at, digest, stream=True)
         content = self._body(answer, size)
         _check(content, digest)
@@ -183,11 +177,22 @@ class OciArtifact:
         except (ShippingError, UsageError):
             raise
         except Exception as error:  # requests' and oras' own, and what odd JSON makes us raise
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-            raise ShippingError(
-                f"{what} {self.url}: {reason}.",
-                "Is it there, and may you? `docker login` says who.",
-            ) from None
+            cure = "Is it there, and may you? `docker login` says who."
+            raise failed(f"{what} {self.url}", error, cure) from error
+
+
+def _container(url: str) -> Any:
+    """What oras calls a container; its own reading of names takes others to Docker Hub."""
+    found = _NAME.fullmatch("oci" + url[3:])
+    if found is None:
+        raise UsageError(
+            f"{url} names no repository of a registry.",
+            "Write oci://host[:port]/repository:tag, the repository in small letters.",
+        )
+    at = needed("oras.container").Container("a")
+    at.registry, at.namespace, at.repository = found["host"], None, found["repository"]
+    at.tag, at.digest = found["tag"] or "latest", found["digest"]
+    return at
 
 
 def _manifest(
@@ -215,7 +220,9 @@ def _bytes(manifest: dict[str, Any]) -> bytes:
 
 
 def _entries(raw: bytes) -> list[Descriptor]:
-    return [one for one in canonical.loads(raw)["manifests"] if isinstance(one, dict)]
+    """The referrers of our kinds that an index names."""
+    found = [one for one in canonical.loads(raw)["manifests"] if isinstance(one, dict)]
+    return [one for one in found if one.get("artifactType") in (SIGNATURE, REPORT)]
 
 
 def _fallback_tag(digest: str) -> str:
@@ -229,12 +236,8 @@ def _check(content: bytes, digest: str) -> None:
         )
 
 
-def _bounded_waits() -> Any:
-    adapters = needed("requests.adapters")
-
-    class Bounded(adapters.HTTPAdapter):  # type: ignore[misc, name-defined]
-        def send(self, request: Any, **options: Any) -> Any:
-            options["timeout"] = options.get("timeout") or _TIMEOUT
-            return super().send(request, **options)
-
-    return Bounded()
+def _check_digest(digest: str) -> None:
+    if not _DIGEST.fullmatch(digest):
+        raise ShippingError(
+            f"The registry names {digest[:80]!r}, which is no SHA-256 digest.", "Don't trust it."
+        )

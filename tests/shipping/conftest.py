@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -23,15 +24,16 @@ http: {{addr: 127.0.0.1:{port}}}
 """
 
 
-@pytest.fixture(scope="session")
-def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Its host and port."""
+@contextmanager
+def registry_process(folder: Path, more: str = "") -> Iterator[str]:
+    """Its host and port; ``more`` of its configuration."""
     beside = Path(sys.executable).with_name("docker-registry")
     binary = str(beside) if beside.exists() else shutil.which("docker-registry")
     if binary is None:
         pytest.skip("no docker-registry here: `make install` fetches it on Debian")
-    folder, port = tmp_path_factory.mktemp("registry"), free_port()
-    (folder / "config.yml").write_text(_CONFIG.format(folder=folder, port=port))
+    port = free_port()
+    folder.mkdir(exist_ok=True)
+    (folder / "config.yml").write_text(_CONFIG.format(folder=folder, port=port) + more)
     process = subprocess.Popen(
         [binary, "serve", str(folder / "config.yml")],
         stdout=subprocess.DEVNULL,
@@ -40,7 +42,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     try:
         for _ in range(100):
             try:
-                httpx.get(f"http://127.0.0.1:{port}/v2/", timeout=1).raise_for_status()
+                httpx.get(f"http://127.0.0.1:{port}/v2/", timeout=1)
                 break
             except httpx.HTTPError:
                 time.sleep(0.1)
@@ -48,3 +50,10 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.fixture(scope="session")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Its host and port."""
+    with registry_process(tmp_path_factory.mktemp("registry")) as host:
+        yield host
