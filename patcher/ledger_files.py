@@ -12,6 +12,7 @@ from patcher.ledger import Fault, detail_text, misshapen
 from patcher.protocol import LedgerEntry
 
 FORMATS = ("jsonl", "csv")
+MAX_LINE = 64 << 20  # bytes
 _TOLD = ("change", "actor", "client", "reason", "outcome")  # of a detail, in columns of their own
 _LISTS = ("before", "after")
 COLUMNS = ("seq", "time", "event", *_TOLD, *_LISTS, "detail", "previous", "hash")
@@ -41,7 +42,8 @@ def _row(entry: LedgerEntry) -> list[object]:
     told = [_harmless(str(detail.get(name, ""))) for name in _TOLD]
     lists = [_harmless(" ".join(map(str, detail.get(name) or ()))) for name in _LISTS]
     covered = [detail_text(detail), entry["previous"], entry["hash"]]
-    return [entry["seq"], entry["time"], entry["event"], *told, *lists, *covered]
+    names = [_harmless(entry["time"]), _harmless(entry["event"])]
+    return [entry["seq"], *names, *told, *lists, *covered]
 
 
 def _harmless(text: str) -> str:
@@ -66,9 +68,13 @@ def parse(lines: Iterable[bytes]) -> tuple[list[LedgerEntry], list[Fault]]:
             empty = number
             continue
         try:
+            if len(line) > MAX_LINE:
+                raise ValueError("too long")
             entry = json.loads(
                 line.decode(), object_pairs_hook=_unique, parse_constant=_no_constant
             )
+            # No infinity, and no half of a surrogate pair.
+            json.dumps(entry, ensure_ascii=False, allow_nan=False).encode()
             wrong = misshapen(entry)
         except (ValueError, RecursionError):
             wrong = "it is no JSON that means one thing only"

@@ -41,7 +41,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if XDIST and not item.nodeid.startswith(ENGINES):
+        import torch
+
         os.nice(19)
+        torch.set_num_threads(1)  # two threads that wait for each other get nowhere beside vLLM's
 
 
 @pytest.fixture(scope="session")

@@ -12,9 +12,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from patcher.engine.ranks import refusal
+from patcher.engine.ranks import agree, refusal
 from patcher.engine.stack import Stack, admit, questions
-from patcher.errors import AlreadyAppliedError, PatcherError
+from patcher.errors import AlreadyAppliedError, EngineRefusedError, PatcherError
 from patcher.patch import Manifest, Patch
 
 if TYPE_CHECKING:
@@ -32,16 +32,17 @@ async def plan(
     ``docs/protocol.md``'s, "Plans". Modules are staged between two steps, as for a change.
     """
     began = time.monotonic()
+    fresh = {patch.id: patch for patch in patches}
+    # Before the lock: signatures are many, and nobody can revert while it is held.
+    signers, untrusted = await asyncio.to_thread(_signers, service, fresh, bundles)
     async with service.exclusive():
         before = service.store.in_force()
-        fresh = {patch.id: patch for patch in patches}
         manifests = {
             **await asyncio.to_thread(service.store.manifests),
             **{i: patch.manifest for i, patch in fresh.items()},
         }
         target = Stack((*before.ids, *(patch.id for patch in patches)))
-        signers, refusals = await asyncio.to_thread(_checked, service, before, target, fresh,
-                                                    manifests, bundles)  # fmt: skip
+        refusals = [*_conflicts(before, target, manifests), *untrusted]
         if not refusals:
             refusals = await _staged(service, before, target, fresh, manifests)
         known = set(before.modules(manifests))
@@ -62,24 +63,29 @@ async def plan(
     }
 
 
-def _checked(
-    service: PatchService,
-    before: Stack,
-    target: Stack,
-    fresh: Mapping[str, Patch],
-    manifests: Mapping[str, Manifest],
-    bundles: Mapping[str, Sequence[bytes]],
+def _conflicts(
+    before: Stack, target: Stack, manifests: Mapping[str, Manifest]
+) -> list[dict[str, Any]]:
+    """What the manifests refuse."""
+    doubled = sorted({i for i in target.ids if i in before.ids and target.ids.count(i) > 1})
+    if doubled:
+        return [
+            _told(AlreadyAppliedError(f"Patch {i[:12]} is in force already.", "Leave it out."))
+            for i in doubled
+        ]
+    try:
+        admit(target.ids, manifests)
+    except PatcherError as error:
+        return [_told(error)]
+    return []
+
+
+def _signers(
+    service: PatchService, fresh: Mapping[str, Patch], bundles: Mapping[str, Sequence[bytes]]
 ) -> tuple[dict[str, list[str]], list[dict[str, Any]]]:
-    """Who signed what, and everything that the manifests and the trust policy refuse."""
-    refusals: list[dict[str, Any]] = []
-    for patch_id in sorted(fresh.keys() & set(before.ids)):
-        refusals.append(_told(AlreadyAppliedError(f"Patch {patch_id[:12]} is in force already.")))
-    if not refusals:
-        try:
-            admit(target.ids, manifests)
-        except PatcherError as error:
-            refusals.append(_told(error))
+    """Who signed what, and what the trust policy refuses."""
     signers: dict[str, list[str]] = {}
+    refusals: list[dict[str, Any]] = []
     for patch in fresh.values():
         try:
             signers |= service.trust.check_one(patch, bundles.get(patch.id, ()))
@@ -99,6 +105,10 @@ async def _staged(
     change_id = secrets.token_hex(8)
     refusals: list[dict[str, Any]] = []
     try:
+        await _check_settled(service, before)
+    except Exception as error:
+        return [_told(refusal("The engine failed while it was asked", error))]
+    try:
         for patch in fresh.values():
             await service.ranks.call("patcher_receive", patch.data)
         await service.ranks.call("patcher_begin", change_id, list(target.ids))
@@ -109,6 +119,17 @@ async def _staged(
     finally:
         await service.transition.discard(change_id)
     return refusals
+
+
+async def _check_settled(service: PatchService, before: Stack) -> None:
+    """A change that was not ended is mended by the next one; a plan leaves it alone."""
+    ranks = await service.ranks.probe()
+    unended = any(rank["change"] for rank in ranks)
+    if service.store.unclean or unended or not agree(ranks, before):
+        raise EngineRefusedError(
+            "A change before this one was not ended on every rank.",
+            "`patcher verify --heal` mends that, and so does the next change.",
+        )
 
 
 async def _tried(service: PatchService, change_id: str, name: str) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from patcher.guards import MAX_GUARDS, Guard
 from patcher.patch import Patch
 from patcher.patch.container import MAX_FILE_BYTES
 from patcher.protocol import ROUTE, InFlight
-from patcher.signing import MAX_BUNDLE_BYTES, bundle_subject
+from patcher.signing import MAX_BUNDLE_BYTES, by_subject
 from patcher.text import shown
 
 MAX_BODY_BYTES = 1 << 20  # of a request that isn't a patch
@@ -69,7 +68,7 @@ class ToPlan(BaseModel):
     model_config = ConfigDict(extra="forbid", val_json_bytes="base64")
 
     patches: list[bytes] = Field(min_length=1, max_length=256)
-    signatures: list[bytes] = Field(default=[], max_length=4096)
+    signatures: list[bytes] = Field(default=[], max_length=1024)
 
 
 class ToConfirm(BaseModel):
@@ -168,7 +167,9 @@ async def _signatures(service: PatchService, request: Request, actor: str) -> Re
     patch_id = request.path_params["patch_id"]
     await asyncio.to_thread(service.store.patch_bytes, patch_id)  # refuses an unknown one
     found = await asyncio.to_thread(service.store.signatures, patch_id)
-    return JSONResponse({"signatures": [json.loads(bundle) for bundle in found]})
+    # As they are stored, which is canonical JSON.
+    body = b'{"signatures":[' + b",".join(found) + b"]}"
+    return Response(body, media_type="application/json")
 
 
 async def _plan(service: PatchService, request: Request, actor: str) -> Response:
@@ -180,10 +181,9 @@ async def _plan(service: PatchService, request: Request, actor: str) -> Response
             "The body is no plan.", "Send patches and signatures, each a list of base64."
         ) from None
     patches = [await asyncio.to_thread(Patch.from_bytes, data) for data in wanted.patches]
-    bundles: dict[str, list[bytes]] = {}
-    for bundle in wanted.signatures:
-        bundles.setdefault(bundle_subject(bundle) or "", []).append(bundle)
-    return JSONResponse(await plan(service, patches, bundles))
+    bundles = await asyncio.to_thread(by_subject, wanted.signatures)
+    planning = asyncio.ensure_future(plan(service, patches, bundles))
+    return JSONResponse(await asyncio.shield(planning))
 
 
 async def _put_stack(service: PatchService, request: Request, actor: str) -> Response:

@@ -350,7 +350,15 @@ class PatchService:
         """One change at a time: in this process, and across the processes that share the store."""
         async with self._turn:
             lock = self.store.exclusive()
-            await asyncio.to_thread(lock.__enter__)
+            entering = asyncio.ensure_future(asyncio.to_thread(lock.__enter__))
+            try:
+                await asyncio.shield(entering)
+            except asyncio.CancelledError:
+                # The thread goes on: what it gets in the end nobody would give back.
+                entering.add_done_callback(
+                    lambda got: got.exception() or lock.__exit__(None, None, None)
+                )
+                raise
             try:
                 yield
             finally:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from patcher.errors import EngineRefusedError, InvalidPatchError, TrustError
 from patcher.patch import Patch
-from patcher.signing import TrustPolicy, bundle_subject
+from patcher.signing import TrustPolicy, bundle_subject, normalised
 from patcher.text import shown
 
 if TYPE_CHECKING:
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 MAX_SIGNATURES = 64  # of one patch
 TABLE = """
 CREATE TABLE IF NOT EXISTS signatures (
-  patch TEXT NOT NULL REFERENCES patches, digest TEXT NOT NULL, stored TEXT NOT NULL,
-  data BLOB NOT NULL, PRIMARY KEY (patch, digest)) STRICT;
+  patch TEXT NOT NULL REFERENCES patches, digest TEXT NOT NULL, signer TEXT,
+  stored TEXT NOT NULL, data BLOB NOT NULL, PRIMARY KEY (patch, digest)) STRICT;
 """
 
 
@@ -32,21 +32,27 @@ def read(db: sqlite3.Connection, patch_id: str) -> list[bytes]:
     return [bytes(row[0]) for row in rows]
 
 
-def add(db: sqlite3.Connection, patch_id: str, bundle: bytes, moment: str) -> str | None:
+def add(
+    db: sqlite3.Connection, patch_id: str, bundle: bytes, signer: str | None, moment: str
+) -> str | None:
     """Keep a bundle; its SHA-256, or None where it was there.
+
+    Those of known signers and those of others are counted apart: strangers can't push them out.
 
     Raises :class:`EngineRefusedError` where the patch has as many as are kept.
     """
-    (count,) = db.execute("SELECT count(*) FROM signatures WHERE patch = ?", (patch_id,)).fetchone()
     digest = hashlib.sha256(bundle).hexdigest()
-    row = (patch_id, digest, moment, bundle)
-    added = db.execute("INSERT OR IGNORE INTO signatures VALUES (?, ?, ?, ?)", row).rowcount
-    if added and count >= MAX_SIGNATURES:
+    row = (patch_id, digest, signer, moment, bundle)
+    if not db.execute("INSERT OR IGNORE INTO signatures VALUES (?, ?, ?, ?, ?)", row).rowcount:
+        return None
+    query = "SELECT count(*) FROM signatures WHERE patch = ? AND (signer IS NULL) = ?"
+    (count,) = db.execute(query, (patch_id, signer is None)).fetchone()
+    if count > MAX_SIGNATURES:
         raise EngineRefusedError(
-            f"Patch {patch_id[:16]} has {count} signatures, the most that are kept.",
+            f"Patch {patch_id[:16]} has {MAX_SIGNATURES} signatures, the most that are kept.",
             "Sign the patch only with keys that the engine's trust policy names.",
         )
-    return digest if added else None
+    return digest
 
 
 class Trust:
@@ -71,6 +77,8 @@ class Trust:
     def add(self, patch_id: str, bundle: bytes, actor: str) -> tuple[bool, str | None]:
         """Store a bundle; whether it is new, and which of the policy's signers made it.
 
+        Under a policy those of others aren't kept: nothing would ever come of them.
+
         Raises :class:`InvalidPatchError` for what is no bundle of this patch, and
         :class:`UnknownPatchError` where the patch isn't stored.
         """
@@ -82,7 +90,9 @@ class Trust:
         patch = Patch.from_bytes(self.store.patch_bytes(patch_id))
         signer = None if self.policy is None else self.policy.signer_of(patch, bundle)
         name = None if signer is None else signer.table.name
-        return self.store.add_signature(patch_id, bundle, actor, name), name
+        if self.policy is not None and name is None:
+            return False, None
+        return self.store.add_signature(patch_id, normalised(bundle), actor, name), name
 
     def check(self, ids: Iterable[str]) -> dict[str, list[str]]:
         """Who signed each of the stored patches ``ids``; nothing without a policy.
@@ -98,7 +108,8 @@ class Trust:
         """The same for a patch that needn't be stored; ``more``: signatures that came with it."""
         if self.policy is None:
             return {}
-        return {patch.id: self.policy.check(patch, [*self.store.signatures(patch.id), *more])}
+        given = dict.fromkeys([*self.store.signatures(patch.id), *more[:MAX_SIGNATURES]])
+        return {patch.id: self.policy.check(patch, list(given))}
 
     def check_restored(self, ids: Iterable[str]) -> None:
         """The same at a start, which then ends without serving."""

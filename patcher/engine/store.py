@@ -154,7 +154,7 @@ class Store(StateFolder):
     def add_signature(self, patch_id: str, bundle: bytes, actor: str, signer: str | None) -> bool:
         """Store a bundle of a stored patch; False where it was there already."""
         with self._transaction() as db:
-            digest = signatures.add(db, patch_id, bundle, now())
+            digest = signatures.add(db, patch_id, bundle, signer, now())
             if digest is not None:
                 detail = {"patch": patch_id, "signature": digest, "signer": signer, "actor": actor}
                 self._append(db, "signature-stored", detail)

@@ -81,10 +81,11 @@ class RankState:
         if site is None:
             return False
         base = self.bases[name] if name in self.bases else site.base()
-        for patch_id in change.stack:
-            modules = self.patches[patch_id].manifest.base.modules
-            if name in modules:
-                _check_base(name, modules[name], base, site)
+        # Also by patches that go: with none left, nothing else would tell the base from a fold.
+        for patch_id in dict.fromkeys((*change.stack, *self.stack)):
+            patch = self.patches.get(patch_id)
+            if patch is not None and name in patch.deltas:
+                _check_base(name, patch.manifest.base.modules[name], base, site)
         weight = self.made(name, base, change.stack, site)
         if not bool(torch.isfinite(weight).all()):
             raise EngineRefusedError(
@@ -136,9 +137,14 @@ class RankState:
         self.change = None
 
     def finish(self, change_id: str) -> None:
-        """Forget the change, and keep only what the stack in force needs."""
+        """Forget the change, and keep only what the stack in force needs.
+
+        While another change is held nothing is let go: its end, or its undoing, needs all of it.
+        """
         change = self.change
-        if change is not None and change.id == change_id:
+        if change is not None and change.id != change_id:
+            return
+        if change is not None:
             self.change = None
             if change.before is not None:
                 self.bases |= change.bases

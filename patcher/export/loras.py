@@ -14,6 +14,7 @@ import torch
 
 from ..errors import ModelError
 from ..patch import Delta, module_base
+from ..patch.manifest import MAX_NAME
 from ..unlearn.progress import Progress, Silent
 from .adapters import PREFIX, SETTINGS, WEIGHTS
 from .checkpoints import Checkpoint, open_checkpoint
@@ -176,17 +177,33 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
 def _scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
     """The factor that PEFT multiplies the module's product by."""
     alpha = settings.get("lora_alpha")
-    for pattern, value in (settings.get("alpha_pattern") or {}).items():
-        try:
-            fits = re.match(rf"(.*\.)?({pattern})$", module)  # PEFT's get_pattern_key
-        except re.error:
-            fits = None
-        if fits:
-            alpha = value
-            break
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+    patterns = settings.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict) or not all(map(_is_simple, patterns)):
+        # PEFT takes any regular expression; a stranger's could take for ever.
+        raise ModelError(
+            "The adapter's alpha_pattern has more than names of modules with `.*` in them.",
+            "Write each module's name in full in adapter_config.json.",
+        )
+    if len(module) <= MAX_NAME:
+        fits = (p for p in patterns if re.match(rf"(.*\.)?({p})$", module))  # get_pattern_key
+        alpha = patterns.get(next(fits, ""), alpha)
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < 1e30:
         raise ModelError("The adapter's lora_alpha is no number.", "Mend adapter_config.json.")
+    if rank < 1:
+        raise ModelError(f"The adapter has nothing for {module}: its rank is 0.", "Train it.")
     return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+
+
+def _is_simple(pattern: str) -> bool:
+    """Whether matching takes a time that is a low power of a name's length: two ``.*`` at most."""
+    stars = pattern.count("*")
+    if not re.fullmatch(r"[\w.*^$\\]{1,256}", pattern) or stars > min(2, pattern.count(".*")):
+        return False
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
 
 
 def _check_modules(loras: Mapping[str, _Lora]) -> None:

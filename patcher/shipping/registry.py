@@ -77,7 +77,10 @@ class OciArtifact:
             data = self._layer(raw, PATCH, MAX_FILE_BYTES)[1]
             beside: dict[str, bytes] = {}
             for one in self._referrers(f"sha256:{hashlib.sha256(raw).hexdigest()}")[:MAX_BESIDE]:
-                suffix, content = self._beside(str(one.get("digest")), one["artifactType"])
+                try:
+                    suffix, content = self._beside(str(one.get("digest")), one["artifactType"])
+                except (ShippingError, ValueError, LookupError, TypeError):
+                    continue  # anybody may refer to the patch; a bad one is nobody's signature
                 if beside.get(suffix, content) != content and suffix.endswith(".sig"):
                     suffix = named_by_content(content)  # two people's, of the same name
                 beside[suffix] = content

@@ -6,7 +6,15 @@ its digest. ``model_signing`` is imported only where a bundle is made or checked
 
 from __future__ import annotations
 
-from .bundles import MAX_BUNDLE_BYTES, Identity, bundle_subject, bundles_of, sign
+from .bundles import (
+    MAX_BUNDLE_BYTES,
+    Identity,
+    bundle_subject,
+    bundles_of,
+    by_subject,
+    normalised,
+    sign,
+)
 from .envelope import enveloped, opened
 from .keys import fingerprint, generate
 from .policy import TrustPolicy
@@ -17,9 +25,11 @@ __all__ = [
     "TrustPolicy",
     "bundle_subject",
     "bundles_of",
+    "by_subject",
     "enveloped",
     "fingerprint",
     "generate",
+    "normalised",
     "opened",
     "sign",
 ]

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from ..errors import TrustError, UsageError
 from ..patch import canonical, files
-from .keys import needed
+from .keys import fingerprint, needed
 
 MAX_BUNDLE_BYTES = 1 << 18  # keyless ones carry certificates and a log's proof: some 10 kB
 SUFFIX = ".sig"
@@ -86,7 +86,7 @@ def beside(path: Path) -> list[Path]:
     return sorted(
         one
         for one in path.parent.glob("*" + SUFFIX)
-        if one.name == path.name + SUFFIX or one.name.startswith(path.name + ".")
+        if one.name.startswith(f"{path.name}.") and one.is_file()
     )
 
 
@@ -118,7 +118,7 @@ def bundle_subject(bundle: bytes) -> str | None:
     try:
         if len(bundle) > MAX_BUNDLE_BYTES:
             return None
-        envelope = canonical.loads(bundle)["dsseEnvelope"]
+        envelope = canonical.plain(canonical.loads(bundle))["dsseEnvelope"]
         payload = canonical.loads(base64.b64decode(envelope["payload"], validate=True))
         (resource,) = payload["predicate"]["resources"]
         found = resource["digest"] if resource["name"] == "." else None
@@ -128,17 +128,53 @@ def bundle_subject(bundle: bytes) -> str | None:
     return found if usable else None
 
 
+def normalised(bundle: bytes) -> bytes:
+    """A bundle as canonical JSON: with other white space or order it isn't another signature."""
+    return canonical.dumps(canonical.loads(bundle))
+
+
+def by_subject(given: Iterable[bytes]) -> dict[str, list[bytes]]:
+    """Bundles by the patch that they say they are for, each once; what is none is left out."""
+    found: dict[str, dict[bytes, None]] = {}
+    for bundle in given:
+        subject = bundle_subject(bundle)
+        if subject is not None:
+            found.setdefault(subject, {})[normalised(bundle)] = None
+    return {subject: list(bundles) for subject, bundles in found.items()}
+
+
 def certificate_name(bundle: bytes) -> str | None:
     """The common name of the certificate that a bundle carries (unchecked), or None."""
-    x509 = needed("cryptography.x509")
+    oid = needed("cryptography.x509").NameOID.COMMON_NAME
     try:
-        material = canonical.loads(bundle)["verificationMaterial"]
-        raw = material["x509CertificateChain"]["certificates"][0]["rawBytes"]
-        certificate = x509.load_der_x509_certificate(base64.b64decode(raw))
-        (name,) = certificate.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
-    except (ValueError, KeyError, TypeError, IndexError):
+        (name,) = _certificate(bundle).subject.get_attributes_for_oid(oid)
+    except Exception:  # of a stranger's certificate; whatever it is, it has no name
         return None
     return str(name.value)
+
+
+def signing_key(bundle: bytes) -> str | None:
+    """The fingerprint of the key that a bundle says it was made with; None where it says none.
+
+    Once a verifier took the bundle it is the key's: ``model_signing`` checks hint and certificate.
+    """
+    try:
+        material = canonical.loads(bundle)["verificationMaterial"]
+        hint = (material.get("publicKey") or {}).get("hint")
+        return str(hint) if hint else fingerprint(_certificate(bundle).public_key())
+    except Exception:  # as above
+        return None
+
+
+def _certificate(bundle: bytes) -> Any:
+    """The signing certificate in a bundle; raises what odd JSON and odd certificates raise."""
+    x509 = needed("cryptography.x509")
+    material = canonical.loads(bundle)["verificationMaterial"]
+    if "certificate" in material:  # keyless bundles of today
+        raw = material["certificate"]["rawBytes"]
+    else:
+        raw = material["x509CertificateChain"]["certificates"][0]["rawBytes"]
+    return x509.load_der_x509_certificate(base64.b64decode(raw))
 
 
 class BundleVerifier:

@@ -3,7 +3,7 @@
 ::
 
     signatures = 2                       # of different signers; 1 if left out
-    unsigned = false                     # whether patches without any bundle are taken
+    unsigned = false                     # whether patches need no signatures at all
     revoked-patches = ["3fa9…"]          # whole ids
     revoked-keys = ["9c1d…"]             # fingerprints, as `patcher keygen` prints them
 
@@ -166,11 +166,9 @@ class TrustPolicy:
         """
         if patch.id in self.file.revoked_patches:
             raise _refused(patch, "is revoked by the policy", "revoked-patches")
-        if not given and self.file.unsigned:
-            return []
         counted, reasons = self._count(patch, given, at or datetime.now(UTC))
         wanted = self.file.signatures
-        if len(counted) >= wanted:
+        if len(counted) >= wanted or self.file.unsigned:
             return counted
         if not given:
             raise _refused(patch, "is not signed", "unsigned")
@@ -182,24 +180,33 @@ class TrustPolicy:
         self, patch: Patch, given: Iterable[bytes], at: datetime
     ) -> tuple[list[str], list[tuple[str, str]]]:
         """Whose bundles hold and count, and for those that don't count the rule and why."""
+        by_key: dict[str, _Signer] = {}  # a key counts once, whatever names it has
+        for bundle in given:
+            signer = self.signer_of(patch, bundle)
+            if signer is not None:
+                by_key.setdefault(bundles.signing_key(bundle) or signer.table.name, signer)
         counted: list[str] = []
         reasons: list[tuple[str, str]] = []
-        for signer in dict.fromkeys(s for b in given if (s := self.signer_of(patch, b))):
-            rule = self._rule_against(signer, patch.manifest, at)
-            if rule is None:
-                counted.append(signer.table.name)
-            else:
-                reasons.append((rule, f"{signer.table.name}'s does not ({rule})"))
+        for key, signer in by_key.items():
+            name, rule = signer.table.name, self._rule_against(signer, key, patch.manifest, at)
+            if rule is not None:
+                reasons.append((rule, f"{name}'s does not ({rule})"))
+            elif name not in counted:
+                counted.append(name)
         return counted, reasons
 
     def signer_of(self, patch: Patch, bundle: bytes) -> _Signer | None:
         """Who of the policy made a bundle over exactly this patch's bytes, or None."""
         if bundles.bundle_subject(bundle) != patch.id:
             return None
-        return next((s for s in self.signers if s.verifier.signed(patch.data, bundle)), None)
+        key = bundles.signing_key(bundle)
+        likely = [s for s in self.signers if s.key is None or key is None or s.key == key]
+        return next((s for s in likely if s.verifier.signed(patch.data, bundle)), None)
 
-    def _rule_against(self, signer: _Signer, manifest: Manifest, at: datetime) -> str | None:
-        if signer.key in self.file.revoked_keys:
+    def _rule_against(
+        self, signer: _Signer, key: str, manifest: Manifest, at: datetime
+    ) -> str | None:
+        if {key, signer.key} & self.file.revoked_keys:
             return "revoked-keys"
         if signer.table.not_after is not None and at >= signer.table.not_after:
             return "not-after"

@@ -195,7 +195,15 @@ def test_a_change_while_it_is_proven_is_no_fault(told: FakeEngine) -> None:
     assert len(seen) == 1
 
 
-@pytest.mark.parametrize("line", ['{"seq": 1}', "", "{", "[]", '{"seq": 1, "seq": 1}'])
+def entry_with(detail: str) -> str:
+    chained = f'"previous": "{"0" * 64}", "hash": "{"0" * 64}"'
+    return f'{{"seq": 3, "time": "{NOON}", "event": "x", "detail": {detail}, {chained}}}'
+
+
+@pytest.mark.parametrize("line", [
+    '{"seq": 1}', "", "{", "[]", '{"seq": 1, "seq": 1}',
+    entry_with('{"a": 1e999}'), entry_with(r'{"actor": "\ud800"}'),
+])  # fmt: skip
 def test_a_file_with_a_line_that_is_no_entry_is_exit_9(
     told: FakeEngine, tmp_path: Path, line: str
 ) -> None:

@@ -12,6 +12,7 @@ from patcher.client import Engine
 from patcher.engine.planning import plan
 from patcher.engine.service import PatchService
 from patcher.engine.signatures import Trust
+from patcher.errors import BaseMismatchError
 from patcher.patch import Delta, Patch
 from patcher.patch.merge import merge
 from tests.engine.fake_vllm import D_OUT, FakeClient
@@ -76,6 +77,58 @@ def test_every_reason_to_refuse_is_told_at_once(
     assert codes(found) == ["base-mismatch", "base-mismatch"]
     assert [one["module"] for one in found["refusals"]] == ["layers.0", "layers.1"]
     assert all(one["exit_code"] == 4 for one in found["refusals"])
+
+
+def killed_after_commit(service: PatchService) -> None:
+    """A revert of everything, whose API server died before it was recorded."""
+
+    async def half() -> None:
+        await service.ranks.call("patcher_begin", "dead", [])
+        for name in service.store.in_force().modules(service.store.manifests()):
+            await service.ranks.call("patcher_stage", "dead", name)
+        await service.ranks.call("patcher_commit", "dead")
+
+    run(half())
+
+
+def test_a_plan_after_a_change_that_was_not_ended_leaves_it_alone(
+    service: PatchService, client: FakeClient, weights: list[torch.Tensor]
+) -> None:
+    """Its pristine copies are what a revert needs."""
+    first, second = make(weights, 1), make(weights, 2)
+    put(service, first)
+    killed_after_commit(service)
+    found = run(plan(service, [second], {}))
+    assert codes(found) == ["engine-refused"]
+    assert "not ended" in found["refusals"][0]["message"]
+    put(service, first)
+    put(service)
+    assert all(torch.equal(live, base) for live, base in zip(client.live(), weights, strict=True))
+    assert run(service.verify())["ok"]
+
+
+def test_a_rank_lets_go_of_nothing_while_another_change_is_held(
+    service: PatchService, client: FakeClient, weights: list[torch.Tensor]
+) -> None:
+    put(service, make(weights, 1))
+    killed_after_commit(service)
+    run(service.transition.discard("another"))
+    put(service, make(weights, 1))
+    put(service)
+    assert all(torch.equal(live, base) for live, base in zip(client.live(), weights, strict=True))
+
+
+def test_a_weight_that_is_no_base_is_not_taken_for_one(
+    service: PatchService, client: FakeClient, weights: list[torch.Tensor]
+) -> None:
+    """With no patch left on a module nothing else would tell."""
+    patch = make(weights, 1)
+    put(service, patch)
+    for worker in client.workers:
+        worker._patcher_state.bases.clear()  # type: ignore[attr-defined]
+    with pytest.raises(BaseMismatchError):
+        put(service)
+    assert service.store.in_force().ids == (patch.id,)
 
 
 def test_what_the_stack_refuses(

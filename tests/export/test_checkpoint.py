@@ -255,8 +255,11 @@ def test_an_order_that_an_engine_refuses_is_refused(tmp_path: Path, llama: Path)
 
 
 def test_a_fold_beyond_the_dtype_is_refused(tmp_path: Path) -> None:
-    base = tiny.save(tmp_path / "base", dtype=torch.float16)
-    patch = patch_on(network(base), {down(1): "multiplicative"}, scale=1e7)
+    model = network(tiny.save(tmp_path / "small", dtype=torch.float16))
+    weight_of(model, down(1)).mul_(5e5)  # beyond it with a gain that a patch may have
+    base = tmp_path / "base"
+    model.save_pretrained(base)
+    patch = patch_on(model, {down(1): "multiplicative"}, scale=1.0)
     refused(tmp_path, NumericalError, "not finite", [patch], base)
 
 

@@ -159,6 +159,12 @@ def refused(
         ({"init_lora_weights": "pissa"}, "pissa"),
         ({"lora_alpha": "much"}, "lora_alpha"),
         ({"lora_alpha": None}, "lora_alpha"),
+        ({"lora_alpha": 10**400}, "lora_alpha"),
+        ({"alpha_pattern": ["down_proj"]}, "alpha_pattern"),
+        ({"alpha_pattern": {"(a+)+b": 1}}, "alpha_pattern"),
+        ({"alpha_pattern": {".*.*.*down_proj": 1}}, "alpha_pattern"),
+        ({"alpha_pattern": {"d*own": 1}}, "alpha_pattern"),
+        ({"alpha_pattern": {"down\\": 1}}, "alpha_pattern"),
     ],
 )
 def test_an_adapter_that_is_more_than_a_lora_is_refused(
@@ -167,6 +173,14 @@ def test_an_adapter_that_is_more_than_a_lora_is_refused(
     adapter(wide, tmp_path / "adapter")
     edit_settings(tmp_path / "adapter", **changes)
     refused(tmp_path, wide, text)
+
+
+def test_an_adapter_of_rank_0_is_refused(tmp_path: Path, wide: Path) -> None:
+    adapter(wide, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    held = load_file(file)
+    save_file({n: (t[:0] if "lora_A" in n else t[:, :0]) for n, t in held.items()}, file)
+    refused(tmp_path, wide, "rank is 0")
 
 
 @pytest.mark.parametrize("part", ["q_proj", "v_proj", "gate_proj", "up_proj"])

@@ -8,14 +8,28 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives import serialization
 
 from patcher.errors import TrustError, UsageError
 from patcher.patch import Patch
 from patcher.signing import Identity, TrustPolicy, bundle_subject, generate, sign
+from patcher.signing.bundles import signing_key
 from tests.signing.reviewers import Authority, Reviewers, changed
 from tests.small_patch import small_patch
 
 TWO = "signatures = 2"
+
+
+def claiming(patch_id: str, more: str = "") -> bytes:
+    """What says that it is a bundle of a patch, and no more."""
+    resources = [{"name": ".", "algorithm": "sha256", "digest": patch_id}]
+    payload = base64.b64encode(json.dumps({"predicate": {"resources": resources}}).encode())
+    return f'{{"dsseEnvelope":{{"payload":"{payload.decode()}"}}{more}}}'.encode()
+
+
+def test_a_claim_is_no_signature(people: Reviewers, patch: Patch) -> None:
+    assert bundle_subject(claiming(patch.id)) == patch.id
+    assert rule(people.policy("", "alice"), patch, claiming(patch.id)) == "signatures"
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +86,7 @@ def test_unsigned_is_taken_where_the_policy_says_so(
     policy = people.policy("unsigned = true", "alice")
     assert TrustPolicy.read(policy).check(patch, []) == []
     assert TrustPolicy.read(policy).check(patch, [signed["alice"]]) == ["alice"]
-    assert rule(policy, patch, signed["bob"]) == "signatures", "worse than none"
+    assert TrustPolicy.read(policy).check(patch, [signed["bob"]]) == [], "no worse than none"
 
 
 def test_a_stranger_signs(people: Reviewers, patch: Patch, signed: dict[str, bytes]) -> None:
@@ -167,6 +181,7 @@ def test_the_key_file_is_exchanged_after_the_policy_was_read(
     b"", b"{}", b"[]", b"null", b"\xff\xfe", b"[" * 9000, b'{"dsseEnvelope": 1}',
     b'{"dsseEnvelope": {"payload": "!!"}}', b"x" * (1 << 20),
     json.dumps({"dsseEnvelope": {"payload": base64.b64encode(b"[1]").decode()}}).encode(),
+    claiming(small_patch().id, ',"x":1e999'), claiming(small_patch().id, r',"x":"\ud800"'),
 ])  # fmt: skip
 def test_garbage_is_sent_as_a_signature(people: Reviewers, patch: Patch, garbage: bytes) -> None:
     assert bundle_subject(garbage) is None
@@ -195,6 +210,54 @@ def test_certificates(patch: Patch, tmp_path: Path) -> None:
     policy.write_text(policy.read_text() + 'common-name = "bob"\n')
     assert rule(policy, patch, alice) == "signatures", "another name under the same root"
     assert TrustPolicy.read(policy).check(patch, [bundle(ours.identity("bob"))]) == ["release"]
+
+
+def certified(patch: Patch, identity: Identity, folder: Path) -> bytes:
+    patch.write(folder / "p.st")
+    sign(folder / "p.st", folder / "out", identity)
+    return (folder / "out").read_bytes()
+
+
+def test_the_key_of_a_certificate_is_revoked(patch: Patch, tmp_path: Path) -> None:
+    bundle = certified(patch, Authority(tmp_path).identity("alice"), tmp_path)
+    policy = tmp_path / "p.toml"
+    signer = '[[signer]]\nname = "release"\ncertificates = ["root.pem"]\n'
+    policy.write_text(signer)
+    assert TrustPolicy.read(policy).check(patch, [bundle]) == ["release"]
+    policy.write_text(f'revoked-keys = ["{signing_key(bundle)}"]\n{signer}')
+    assert rule(policy, patch, bundle) == "revoked-keys"
+
+
+def test_one_key_signs_bare_and_with_its_certificate(patch: Patch, tmp_path: Path) -> None:
+    """One person, who would pass for two reviewers."""
+    identity = Authority(tmp_path).identity("alice")
+    assert identity.key is not None
+    key = serialization.load_pem_private_key(identity.key.read_bytes(), None)
+    (tmp_path / "alice.pub").write_bytes(
+        key.public_key().public_bytes(
+            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
+    )
+    two = [certified(patch, one, tmp_path) for one in (identity, Identity(identity.key))]
+    policy = tmp_path / "p.toml"
+    policy.write_text(
+        'signatures = 2\n[[signer]]\nname = "alice"\npublic-key = "alice.pub"\n'
+        '[[signer]]\nname = "release"\ncertificates = ["root.pem"]\n'
+    )
+    assert "1 of 2" in refused(policy, patch, *two).message
+
+
+def test_a_certificate_is_of_a_version_that_does_not_exist(patch: Patch, tmp_path: Path) -> None:
+    bundle = json.loads(certified(patch, Authority(tmp_path).identity("alice"), tmp_path))
+    (held,) = bundle["verificationMaterial"]["x509CertificateChain"]["certificates"][:1]
+    raw = bytearray(base64.b64decode(held["rawBytes"]))
+    raw[raw.find(b"\xa0\x03\x02\x01\x02") + 4] = 5
+    held["rawBytes"] = base64.b64encode(bytes(raw)).decode()
+    policy = tmp_path / "p.toml"
+    policy.write_text(
+        '[[signer]]\nname = "r"\ncertificates = ["root.pem"]\ncommon-name = "alice"\n'
+    )
+    assert rule(policy, patch, json.dumps(bundle).encode()) == "signatures"
 
 
 # -- policies that are none ------------------------------------------------------------------------
