@@ -81,8 +81,8 @@ def log(
     """Show who changed the stack, when and to what.
 
     --verify, --at, --head and --expect-head read the whole ledger and recompute its hashes. Exit
-    code 9 if one is off, if the engine's stack is not the one that the ledger gives, or if a
-    head that was kept is no longer there.
+    code 9 if one is off, if a head that was kept is no longer there, or (--verify) if the
+    engine's stack is not the one that the ledger gives.
     """
     from patcher.cli.ledger_source import opened
 
