@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from patcher.errors import BaseMismatchError, NumericalError, StackConflictError, UsageError
 from patcher.export import to_peft
+from patcher.patch import Delta, Patch
 from tests.engine import families
 from tests.unlearn import tiny
 
@@ -143,9 +144,13 @@ def test_a_mixture_of_experts_is_refused(tmp_path: Path) -> None:
 
 
 def test_factors_beyond_float32_are_refused(tmp_path: Path, wide: Path) -> None:
-    stack = [
-        patch_on(network(wide), {down(1): "multiplicative"}, seed, scale=1e25) for seed in (1, 2)
-    ]
+    """Of two gentle patches, whose factors are lopsided: they meet in the composition."""
+    stack = []
+    for seed, factor in ((1, 1e30), (2, 1e-37)):
+        patch = patch_on(network(wide), {down(1): "multiplicative"}, seed, scale=1.0)
+        left, right = patch.deltas[down(1)].left, patch.deltas[down(1)].right
+        lopsided = Delta.multiplicative(left * factor, right / factor)
+        stack.append(Patch.build(patch.manifest, {down(1): lopsided}))
     refused(tmp_path, NumericalError, "not finite", stack, wide)
 
 
