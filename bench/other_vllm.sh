@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The engine tests on another release of vLLM than .venv has: `make test-vllm VERSION=0.31.0`.
+# The engine tests on another release of vLLM than .venv has: `make versions VERSION=0.31.0`.
 # A virtual environment beside .venv, which lends it everything but what that release pins otherwise.
 set -euo pipefail
 cd "$(dirname "$0")/.."
