@@ -25,7 +25,7 @@ from ..patch import (
     owner_salt,
 )
 from ..patch.container import MAX_FILE_BYTES
-from ..patch.manifest import MAX_TEXT
+from ..patch.manifest import check_title
 from .checkpoints import Checkpoint
 
 # Projections that vLLM serves fused with others (0.32: stacked_params_mapping), so that an
@@ -169,10 +169,7 @@ def check_wishes(output: str | os.PathLike[str], title: str | None) -> None:
         raise UsageError(
             f"There is no folder {Path(output).absolute().parent}.", "Make it, or name another."
         )
-    if title is not None and (len(title) > MAX_TEXT or not title.isprintable()):
-        raise UsageError(
-            f"A title has at most {MAX_TEXT} characters, all printable.", "Give another title."
-        )
+    check_title(title)
 
 
 def _check_size(deltas: Mapping[str, Delta]) -> None:

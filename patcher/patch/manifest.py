@@ -60,6 +60,14 @@ def tool() -> str:
         return "patcher"
 
 
+def check_title(title: str | None) -> None:
+    """Before any work is done: raise UsageError for a title that can't stand in a manifest."""
+    if title is not None and (len(title) > MAX_TEXT or not title.isprintable()):
+        raise UsageError(
+            f"A title has at most {MAX_TEXT} characters, all printable.", "Give another title."
+        )
+
+
 def _printable(value: str) -> str:
     if not value.isprintable():  # no terminal escapes, no text that changes direction
         raise ValueError("has characters that do not print")

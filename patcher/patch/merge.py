@@ -20,7 +20,7 @@ from ..errors import StackConflictError, UsageError
 from .compare import Statistics, check_bases
 from .delta import Delta
 from .format import Patch
-from .manifest import Base, Manifest, Method, Requests
+from .manifest import Base, Manifest, Method, Requests, check_title
 
 Array = npt.NDArray[np.float64]
 
@@ -50,11 +50,13 @@ def merge(
         title: of the new patch.
 
     Raises:
-        UsageError: fewer than two, one twice, a multiplicative and an additive delta on one module.
+        UsageError: a title that can't be one, fewer than two, one twice, a multiplicative
+            and an additive delta on one module.
         BaseMismatchError: computed on different weights.
         StackConflictError: they may not be in one stack, or not in this order.
         InvalidPatchError: together they are beyond the bound on a patch's norm.
     """
+    check_title(title)
     _check(patches)
     names = sorted({name for patch in patches for name in patch.deltas})
     deltas: dict[str, Delta] = {}

@@ -11,6 +11,7 @@ from typing import Any
 from ..client import Engine
 from ..errors import UsageError
 from ..patch import Patch
+from ..patch.manifest import check_title
 from .attempts import attempt
 from .bars import Bars, missed, not_met
 from .check import Found, unpatched
@@ -180,6 +181,7 @@ def compute(
     if as_published and orthogonal:
         raise UsageError("As published, or orthogonal on the facts' inputs?", "Give one.")
     check_limit(limit)
+    check_title(title)
     facts = read_facts(forget, None if known_only else limit)
     check_target(target, facts)
     kept = read_facts(retain) if retain is not None else []

@@ -106,7 +106,15 @@ def test_a_patch_of_another_base_is_exit_4(model: Path, forget: Path, patch_file
 
 
 @pytest.mark.parametrize(
-    "more", [["--layers", "99"], ["--method", "magic"], ["--layers", "x"], ["--target", " "]]
+    "more",
+    [
+        ["--layers", "99"],
+        ["--method", "magic"],
+        ["--layers", "x"],
+        ["--target", " "],
+        ["--title", "a\x1b[2J"],
+        ["--title", "x" * 1025],
+    ],
 )
 def test_options_that_are_off_are_exit_2(
     model: Path, forget: Path, tmp_path: Path, more: list[str]

@@ -107,6 +107,8 @@ def test_what_can_not_be_merged() -> None:
         merge([one])
     with pytest.raises(UsageError, match="twice"):
         merge([one, one])
+    with pytest.raises(UsageError, match="title"):
+        merge([one, patch("two", deltas={M: delta(draw)})], title="a\x1b[2J")
     with pytest.raises(UsageError, match="no single one"):
         merge([one, patch("other kind", deltas={M: delta(draw, 2, "additive")})])
     with pytest.raises(BaseMismatchError):
