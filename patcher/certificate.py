@@ -19,6 +19,7 @@ from patcher.errors import (
 )
 from patcher.ledger import Head, head_of, in_force_since, put_on
 from patcher.moments import now
+from patcher.protocol import STATEMENT
 from patcher.record import proven
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from patcher.patch import Manifest, Patch
     from patcher.protocol import LedgerEntry, Status, Verification
 
-STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "urn:patcher:removal:v1"
 DOES_NOT_PROVE = (
     "It does not prove that the model no longer knows the facts: it was edited so that it stops "

@@ -124,9 +124,7 @@ class Engine:
         damaged.
         """
         (read,), bundles = patches_in([patch])
-        uploaded = self._upload(read)
-        for patch_id, bundle in bundles:
-            self.sign(patch_id, bundle)
+        (uploaded,) = self._give([read], bundles)
         return uploaded
 
     def sign(self, patch_id: str, bundle: bytes) -> Signed:
@@ -200,10 +198,7 @@ class Engine:
                     "Nothing was changed; leave it out.",
                 )
             wanted.append(patch.id)
-        for patch in read:
-            self._upload(patch)
-        for patch_id, bundle in bundles:
-            self.sign(patch_id, bundle)
+        self._give(read, bundles)
         return self.set_stack(
             wanted,
             expect=status["weight_version"],
@@ -259,9 +254,7 @@ class Engine:
         at = next(place for place, one in enumerate(stack) if one in gone)
         wanted = [read.id if place == at else one for place, one in enumerate(stack)
                   if place == at or one not in gone]  # fmt: skip
-        self._upload(read)
-        for patch_id, bundle in bundles:
-            self.sign(patch_id, bundle)
+        self._give([read], bundles)
         return self.set_stack(
             wanted,
             expect=status["weight_version"],
@@ -371,6 +364,13 @@ class Engine:
         if not (isinstance(entries, list) and all(map(is_entry, entries))):
             raise self._other_protocol("GET", "ledger")
         return cast("list[LedgerEntry]", entries)
+
+    def _give(self, read: Sequence[Patch], bundles: Iterable[tuple[str, bytes]]) -> list[Uploaded]:
+        # Patches first: a signature is taken only of one that the engine holds.
+        uploaded = [self._upload(patch) for patch in read]
+        for patch_id, bundle in bundles:
+            self.sign(patch_id, bundle)
+        return uploaded
 
     def _upload(self, patch: Patch) -> Uploaded:
         kind = {"Content-Type": "application/octet-stream"}

@@ -12,6 +12,7 @@ from typing import Any, Literal, NotRequired, TypeAlias, get_args
 from typing_extensions import TypedDict  # pydantic reads no other before 3.12
 
 ROUTE = "/plugins/patcher/v1"
+STATEMENT = "https://in-toto.io/Statement/v1"  # what certificates and kept heads are
 
 InFlight: TypeAlias = Literal["recompute", "drain", "abort", "continue"]
 IN_FLIGHT: tuple[InFlight, ...] = get_args(InFlight)

@@ -20,6 +20,7 @@ from patcher.ledger import (
     replay,
     verify_chain,
 )
+from patcher.protocol import STATEMENT
 
 if TYPE_CHECKING:
     from patcher.client import Engine
@@ -74,7 +75,7 @@ def prove(
 def head_statement(head: Head) -> dict[str, Any]:
     """A head as an in-toto statement, to be signed and kept elsewhere."""
     return {
-        "_type": "https://in-toto.io/Statement/v1",
+        "_type": STATEMENT,
         "subject": [{"name": "ledger head", "digest": {"sha256": head.hash}}],
         "predicateType": "urn:patcher:head:v1",
         "predicate": {"ledger": {"head": head.as_dict()}},

@@ -12,6 +12,7 @@ from patcher.cli.options import (
     engine_options,
     existing_file,
     json_option,
+    output_option,
     password_option,
     read_secret,
 )
@@ -32,14 +33,7 @@ if TYPE_CHECKING:
     metavar="FORGET.jsonl",
     help="Check that the patch commits to these requests, under the owner's salt.",
 )
-@click.option(
-    "-o",
-    "--output",
-    required=True,
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="CERT.json",
-    help="Where to write the statement.",
-)
+@output_option("Where to write the statement.", "CERT.json")
 @click.option(
     "--key", type=existing_file, help="Sign it with this private key; the file is an envelope then."
 )

@@ -15,6 +15,7 @@ from patcher.cli.options import (
     existing_file,
     json_option,
     only_given,
+    output_option,
     stack_options,
 )
 from patcher.cli.output import facts, note, print_json, size, table
@@ -51,14 +52,7 @@ def bar_options(command: Command) -> Command:
 
 @click.command()
 @data_options
-@click.option(
-    "-o",
-    "--output",
-    required=True,
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="P.st",
-    help="The patch file to write.",
-)
+@output_option("The patch file to write.", "P.st")
 @click.option(
     "--method",
     default="zero",

@@ -53,6 +53,18 @@ def _pulled(url: str, ctx: click.Context) -> Path:
 patch_file = PatchFile()
 
 
+def output_option(text: str, metavar: str | None = None) -> Callable[[Command], Command]:
+    """``-o``: the file that a command writes, which it must be given."""
+    return click.option(
+        "-o",
+        "--output",
+        required=True,
+        type=click.Path(dir_okay=False, path_type=Path),
+        metavar=metavar,
+        help=text,
+    )
+
+
 password_option = click.option(
     "--password-file", type=existing_file, help="File with the private key's password."
 )

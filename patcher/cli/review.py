@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from patcher.cli.options import engine_options, existing_file, json_option, patch_file
+from patcher.cli.options import (
+    engine_options,
+    existing_file,
+    json_option,
+    output_option,
+    patch_file,
+)
 from patcher.cli.output import facts, note, print_json, short, size, table
 from patcher.cli.progress import shown_progress
 
@@ -73,13 +79,7 @@ def _brief(value: Any) -> str:
 
 @click.command()
 @click.argument("paths", type=existing_file, metavar="A.st B.st…", nargs=-1, required=True)
-@click.option(
-    "-o",
-    "--output",
-    required=True,
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="The new patch file.",
-)
+@output_option("The new patch file.")
 @click.option(
     "--rank", type=click.IntRange(min=1), help="At most this rank on every module; else exact."
 )
@@ -241,13 +241,7 @@ def _print_plan(found: Plan, pairs: list[dict[str, Any]]) -> None:
 @click.option(
     "--onto", "model", required=True, metavar="DIR_OR_HUB_ID", help="The model to move it to."
 )
-@click.option(
-    "-o",
-    "--output",
-    required=True,
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="The new patch file.",
-)
+@output_option("The new patch file.")
 @click.option(
     "--dtype", default="auto", show_default=True, help="What that model will be served in."
 )

@@ -6,7 +6,11 @@ from pathlib import Path
 
 import click
 
-from patcher.cli.options import existing_file, json_option
+from patcher.cli.options import (
+    existing_file,
+    json_option,
+    output_option,
+)
 from patcher.cli.output import facts, note, print_json, size
 from patcher.errors import UsageError
 
@@ -57,13 +61,7 @@ def push(
 
 @click.command()
 @click.argument("source", metavar="URL")
-@click.option(
-    "-o",
-    "--output",
-    required=True,
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="The patch file; signatures and reports are written beside it.",
-)
+@output_option("The patch file; signatures and reports are written beside it.")
 @click.option("--id", "pin", metavar="ID", help="The whole id that it must have.")
 @insecure_option
 @json_option

@@ -7,7 +7,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from patcher.cli.options import existing_file, json_option
+from patcher.cli.options import (
+    existing_file,
+    json_option,
+    output_option,
+)
 from patcher.cli.output import facts, note, print_json, short, size, table
 from patcher.cli.progress import shown_progress
 from patcher.errors import UsageError
@@ -103,14 +107,7 @@ def _print_export(result: Adapter | Merged) -> None:
     metavar="BASE EDITED",
     help="Import what makes the second checkpoint of the first.",
 )
-@click.option(
-    "-o",
-    "--output",
-    required=True,
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="P.st",
-    help="The patch file to write.",
-)
+@output_option("The patch file to write.", "P.st")
 @click.option(
     "--rank",
     type=click.IntRange(min=1),

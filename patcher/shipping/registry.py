@@ -56,6 +56,7 @@ class OciArtifact:
         """Put patch and referrers there; the URL returned has the manifest's digest."""
         with self._trouble("Can't push to"):
             self._registry.auth.load_configs(self._at)
+            self._put_blob(EMPTY, b"{}")  # the config that every manifest of ours names
             layers = [self._put_blob(PATCH, parcel.data)]
             subject = self._put(_manifest(PATCH, layers), str(self._at.digest or self._at.tag))
             told = []
@@ -139,12 +140,10 @@ class OciArtifact:
 
     def _put_blob(self, kind: str, data: bytes) -> Descriptor:
         described = _descriptor(kind, data)
-        for content in (b"{}", data):  # the empty config, too
-            with tempfile.TemporaryDirectory(prefix="patcher-") as folder:
-                path = Path(folder) / "blob"
-                path.write_bytes(content)
-                layer = _descriptor(kind, content)
-                self._registry.upload_blob(str(path), self._at, layer).raise_for_status()
+        with tempfile.TemporaryDirectory(prefix="patcher-") as folder:
+            path = Path(folder) / "blob"
+            path.write_bytes(data)
+            self._registry.upload_blob(str(path), self._at, described).raise_for_status()
         return described
 
     # -- referrers -------------------------------------------------------------------------------

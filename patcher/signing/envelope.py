@@ -13,10 +13,10 @@ from typing import Any
 
 from ..errors import TrustError, UsageError
 from ..patch import canonical
+from ..protocol import STATEMENT
 from .keys import fingerprint, needed
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
-STATEMENT = "https://in-toto.io/Statement/v1"
 MAX_ENVELOPE_BYTES = 16 << 20
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from .. import extras
 from ..errors import TrustError, UsageError
 from ..patch import files
 
@@ -60,20 +61,8 @@ def fingerprint(key: Any) -> str:
 
 
 def needed(name: str) -> ModuleType:
-    """A module of the extra ``sign``.
-
-    Raises:
-        UsageError: it isn't installed.
-    """
-    from importlib import import_module
-
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise UsageError(
-            f"Signatures need the package {(error.name or name).partition('.')[0]}.",
-            "pip install 'vllm-patcher[sign]'",
-        ) from None
+    """A module of the extra ``sign``; raises UsageError where it isn't installed."""
+    return extras.needed(name, "sign", "Signatures need")
 
 
 def _public_pem(key: object) -> bytes:

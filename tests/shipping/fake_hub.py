@@ -8,10 +8,11 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from http.server import ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from tests.shipping.serving import Answering, running
 
 REPO = "team/patches"
 _API = re.compile(
@@ -39,22 +40,14 @@ class FakeHub(ThreadingHTTPServer):
 
 @contextmanager
 def hub_in_memory() -> Iterator[FakeHub]:
-    server = FakeHub()
-    Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    try:
+    with running(FakeHub()) as server:
         yield server
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Answering):
     server: FakeHub
 
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def do_GET(self) -> None:
+    def do_GET(self) -> None:  # noqa: N802 - http.server's name
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         path = unquote(urlsplit(self.path).path)
         token = self.server.token
@@ -75,14 +68,6 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(404)
 
     do_HEAD = do_POST = do_PUT = do_GET  # noqa: N815
-
-    def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
-        self.send_response(status)
-        for name, value in {"Content_Length": str(len(body)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
 
     def _json(self, value: Any) -> None:
         self.answer(200, json.dumps(value).encode(), Content_Type="application/json")

@@ -10,16 +10,17 @@ import ssl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from ipaddress import ip_address
 from pathlib import Path
-from threading import Thread
 from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+
+from tests.shipping.serving import Answering, running
 
 INDEX = "application/vnd.oci.image.index.v1+json"
 _PATH = re.compile(r"/v2/(.+)/(blobs|manifests|referrers)/(.*)")
@@ -70,22 +71,14 @@ def self_signed(path: Path) -> Path:
 @contextmanager
 def registry_in_memory(certificate: Path | None = None) -> Iterator[FakeRegistry]:
     """``certificate``: speaks TLS with it and its key, which are in that file."""
-    server = FakeRegistry(certificate)
-    Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    try:
+    with running(FakeRegistry(certificate)) as server:
         yield server
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Answering):
     server: FakeRegistry
 
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def do_GET(self) -> None:
+    def do_GET(self) -> None:  # noqa: N802 - http.server's name
         self.server.seen.append(f"{self.command} {self.path}")
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.path.startswith("/token"):
@@ -96,14 +89,6 @@ class _Handler(BaseHTTPRequestHandler):
             getattr(self, f"_{found[2]}")(found[3], body)
 
     do_HEAD = do_POST = do_PUT = do_GET  # noqa: N815
-
-    def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
-        self.send_response(status)
-        for name, value in {"Content_Length": str(len(body)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
 
     def _token(self) -> None:
         expected = base64.b64encode(str(self.server.login).encode()).decode()
