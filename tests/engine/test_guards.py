@@ -11,6 +11,7 @@ import json
 import math
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -311,9 +312,9 @@ PROMPT = "The capital of France is"
 TEXT = "The town lies on the river, and its people have fished there for hundreds of years."
 
 
-@pytest.fixture
-def flowing(server: Server) -> Iterator[list[dict[str, Any]]]:
-    """A stream that is open all the while; its events, whole at the end."""
+@contextmanager
+def flowing(server: Server) -> Iterator[None]:
+    """A stream that is open at the start, and must come to its end."""
     said: list[dict[str, Any]] = []
     begun = threading.Event()
 
@@ -325,7 +326,7 @@ def flowing(server: Server) -> Iterator[list[dict[str, Any]]]:
     reader = threading.Thread(target=read)
     reader.start()
     assert begun.wait(60)
-    yield said
+    yield
     reader.join(120)
     assert not reader.is_alive()
     assert said[-1]["choices"][0]["finish_reason"] == "length", "the stream was dropped"
@@ -372,7 +373,6 @@ def test_a_real_breach_leaves_the_answers_as_they_were(
     patch_a: Patch,
     loud: Patch,
     prompts: list[str],
-    flowing: list[dict[str, Any]],
 ) -> None:
     engine.apply(patch_a)
     says = server.complete(PROMPT, 8)["text"]
@@ -381,7 +381,7 @@ def test_a_real_breach_leaves_the_answers_as_they_were(
         {"name": "stays", "prompt": PROMPT, "must_start_with": says, "tokens": 8},
         {"name": "quality", "text": TEXT, "max_ratio": 1.05},
     ]
-    with pytest.raises(GuardBreachedError) as caught:
+    with flowing(server), pytest.raises(GuardBreachedError) as caught:
         engine.apply(loud, guards=guards, reason="too loud")
     assert [(row["guard"], row["ok"]) for row in caught.value.results] == [
         ("stays", False),
