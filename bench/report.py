@@ -104,16 +104,20 @@ def options(doc: str | None) -> argparse.ArgumentParser:
 
 
 def interleaved(
-    ways: Mapping[str, Callable[[], Any]], rounds: int, *, settle: Callable[[], Any] | None = None
+    ways: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    *,
+    settle: Callable[[], Any] | None = None,
+    warm: bool = True,
 ) -> dict[str, list[float]]:
     """Seconds of each way in each round, the ways one after another within every round.
 
     So that what else the machine does meets all of them: ratios within a round are fair
-    where times are not. One round more, the first, is thrown away. ``settle`` runs before
-    each reading of the clock (a device's synchronisation).
+    where times are not. One round more, the first, is thrown away where ``warm``. ``settle``
+    runs before each reading of the clock (a device's synchronisation).
     """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(rounds + 1):
+    for number in range(rounds + warm):
         for name, way in ways.items():
             if settle:
                 settle()
@@ -121,7 +125,7 @@ def interleaved(
             way()
             if settle:
                 settle()
-            if number:
+            if number >= warm:
                 seconds[name].append(time.perf_counter() - begun)
     return seconds
 

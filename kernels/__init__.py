@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from .compose import compose
 from .digest import column_blocks, column_digests, digest
-from .fold import LowRank, fold
+from .fold import fold
+from .low_rank import LowRank
 from .overlay import factors, overlay
 
 __all__ = [

@@ -5,35 +5,26 @@
 with an additive delta, ``W + A B``, in its place in the order. Always from the
 pristine base, in float64; the result goes through float32 to the base's dtype, as every
 library's conversion does, so that a merge by other code gives the same bits (docs/adr/0002).
+The stack is composed first, so that its depth costs what its summed rank does, and then
+laid over the weight tile by tile (docs/adr/0021).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 
-Kind = Literal["multiplicative", "additive"]
+from .compose import Affine
+from .low_rank import LowRank, check_delta
+
 BASE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-class LowRank(NamedTuple):
-    """One delta on a weight ``W [d_out, d_in]``.
-
-    ``multiplicative``: ``W' = (I + left right) W``, left ``[d_out, r]``, right ``[r, d_out]``.
-    ``additive``: ``W' = W + left right``, left ``[d_out, r]``, right ``[r, d_in]``.
-    """
-
-    kind: Kind
-    left: torch.Tensor
-    right: torch.Tensor
-
-    def columns(self, start: int, stop: int) -> LowRank:
-        """The part of this delta that acts on ``W[:, start:stop]``; a view."""
-        if self.kind == "multiplicative":
-            return self  # a left factor acts on every column alike
-        return self._replace(right=self.right[:, start:stop])
+_ROWS = 128  # of the weight at a time: long enough for the products, short enough for the cache
+_FEW_ROWS = 768  # or all of them, read once
+_LEAST_COLUMNS, _MOST_COLUMNS = 64, 4096
+_LEAST_BYTES = 4 << 20  # below, calls take longer than what they compute
+_SHARE = 8  # of the weight's bytes, one part may be held beside it
 
 
 @torch.no_grad()
@@ -42,13 +33,14 @@ def fold(
     deltas: Sequence[LowRank],
     *,
     out: torch.Tensor | None = None,
-    tile: int = 256,
+    tile: int | None = None,
 ) -> torch.Tensor:
     """The weights that ``deltas`` make of ``base``, in its dtype.
 
-    Works on ``tile`` columns at a time, so its temporaries are float64 copies of
-    the deltas and of one tile, never of the weight. A column of the result
-    depends on that column of the base alone: folding a shard of the columns
+    Works on a tile of columns at a time, so that beside the result no more is held than an eighth
+    of the weight's bytes or 4 MiB, whichever is more; several deltas are composed first, which
+    takes ``16 d_out r`` bytes for a summed rank of ``r``, ``8 d_out²`` at most. A column of the
+    result depends on that column of the base alone: folding a shard of the columns
     gives the shard of the fold. No deltas: a copy of the base, bit for bit. Values may
     come out infinite where the deltas make them so; that is for the caller to check.
 
@@ -57,7 +49,7 @@ def fold(
         deltas: ``deltas[0]`` acts first; any floating dtype, on any device.
         out: where the result goes, shaped and typed like ``base``. May be ``base``
             itself (each tile is read before it is written); no other overlap.
-        tile: columns at a time.
+        tile: columns at a time; by default what that memory allows.
 
     Returns:
         ``out``, or a new contiguous tensor on the device of ``base``.
@@ -72,52 +64,101 @@ def fold(
         _check_out(base, out)
     if not deltas:
         return out.copy_(base)
-    wide = [_widen(delta, base.device) for delta in deltas]
-    for start in range(0, base.shape[1], tile):
-        stop = min(start + tile, base.shape[1])
-        x = base[:, start:stop].to(torch.float64, memory_format=torch.contiguous_format)
-        for delta in wide:
-            part = delta.columns(start, stop)
-            inner = part.right @ x if part.kind == "multiplicative" else part.right
-            x.addmm_(part.left, inner)
-        x.add_(0.0)  # -0.0 becomes +0.0: the sign of an exact zero hangs on the order of summing
-        out[:, start:stop] = x.to(torch.float32).to(base.dtype)
+    what = Affine([_moved(delta, base.device) for delta in deltas], *base.shape)
+    (_dense if what.is_dense else _low_rank)(base, what, out, tile)
     return out
 
 
-def _widen(delta: LowRank, device: torch.device) -> LowRank:
-    return delta._replace(
-        left=delta.left.detach().to(device, torch.float64),
-        right=delta.right.detach().to(device, torch.float64),
-    )
+def _low_rank(base: torch.Tensor, what: Affine, out: torch.Tensor, tile: int | None) -> None:
+    """``W + [L A] [R W; B]``: a tile's ``R W`` first, then the tile, some rows at a time."""
+    d_out, d_in = base.shape
+    r, rank, rows = what.factors.rank, what.factors.rank + what.added.rank, _rows(d_out)
+    left, right = what.left(), what.factors.right
+    budget = _budget(base)
+    at_once = (r + rank) * d_out <= budget // 4
+    if at_once:
+        left, right = left.double(), right.double()
+    held = (r + rank) * d_out if at_once else rows * rank
+    width = tile or _width((budget - held) // (rank + rows), d_in)
+    inner, x, scratch = _scratch(base, rank * width, rows * width, 0 if at_once else held)
+    for columns in _slices(d_in, width):
+        at = columns.stop - columns.start
+        hidden = inner[: rank * at].view(rank, at)
+        hidden[r:].copy_(what.added.right[:, columns])
+        for part in _slices(d_out, rows) if r else ():
+            block = _read(base[part, columns], x)
+            factor = right[:, part] if at_once else _read(right[:, part], scratch)
+            hidden[:r].addmm_(factor, block, beta=0 if part.start == 0 else 1)
+        for part in _slices(d_out, rows):
+            if not r or rows < d_out:
+                block = _read(base[part, columns], x)
+            factor = left[part] if at_once else _read(left[part], scratch)
+            _write(block.addmm_(factor, hidden), out[part, columns])
 
 
-def _check(base: torch.Tensor, deltas: Sequence[LowRank], tile: int) -> None:
+def _dense(base: torch.Tensor, what: Affine, out: torch.Tensor, tile: int | None) -> None:
+    """``D W + A B``: a tile of whole columns, then the tile's rows, some at a time."""
+    d_out, d_in = base.shape
+    left, right = (part.double() for part in what.added[1:])
+    rows = _rows(d_out)
+    width = tile or _width(_budget(base) // (d_out + rows), d_in)
+    whole, x = _scratch(base, d_out * width, rows * width)
+    for columns in _slices(d_in, width):
+        read = _read(base[:, columns], whole)
+        for part in _slices(d_out, rows):
+            shape = (part.stop - part.start, read.shape[1])
+            block = torch.mm(what.dense[part], read, out=x[: math.prod(shape)].view(shape))
+            _write(block.addmm_(left[part], right[:, columns]), out[part, columns])
+
+
+def _read(values: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
+    return scratch[: values.numel()].view(values.shape).copy_(values)
+
+
+def _write(values: torch.Tensor, out: torch.Tensor) -> None:
+    values.add_(0.0)  # -0.0 becomes +0.0: the sign of an exact zero hangs on the order of summing
+    out.copy_(values)  # rounds to float32 first, then to the served dtype
+
+
+def _moved(delta: LowRank, device: torch.device) -> LowRank:
+    left, right = (part.detach().to(device) for part in delta[1:])
+    return LowRank(delta.kind, left, right)
+
+
+def _budget(base: torch.Tensor) -> int:
+    """How many float64 values may be held beside the weight."""
+    return max(base.nbytes // _SHARE, _LEAST_BYTES) // 8
+
+
+def _rows(d_out: int) -> int:
+    return d_out if d_out <= _FEW_ROWS else _ROWS
+
+
+def _width(fits: int, d_in: int) -> int:
+    """How many columns make a tile where ``fits`` would fit; the last one is no sliver."""
+    most = min(max(fits, _LEAST_COLUMNS), _MOST_COLUMNS)
+    return -(-d_in // -(-d_in // most))
+
+
+def _slices(length: int, step: int) -> Iterator[slice]:
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))
+
+
+def _scratch(base: torch.Tensor, *sizes: int) -> list[torch.Tensor]:
+    """float64 memory that all tiles share: what is allocated anew is faulted in anew."""
+    return [torch.empty(size, dtype=torch.float64, device=base.device) for size in sizes]
+
+
+def _check(base: torch.Tensor, deltas: Sequence[LowRank], tile: int | None) -> None:
     if base.ndim != 2 or 0 in base.shape:
         raise ValueError(f"a base is a matrix that is not empty, not shape {tuple(base.shape)}")
     if base.dtype not in BASE_DTYPES:
         raise ValueError(f"a base is bfloat16, float16 or float32, not {base.dtype}")
-    if tile < 1:
+    if tile is not None and tile < 1:
         raise ValueError(f"a tile has at least one column, not {tile}")
     for number, delta in enumerate(deltas):
         check_delta(delta, base.shape[0], base.shape[1], f"delta {number}")
-
-
-def check_delta(delta: LowRank, d_out: int, d_in: int, name: str = "delta") -> None:
-    """Raise ValueError where ``delta`` does not fit a weight ``[d_out, d_in]``."""
-    if delta.kind not in ("multiplicative", "additive"):
-        raise ValueError(f"{name} is of unknown kind {delta.kind!r}")
-    if delta.left.ndim != 2 or delta.right.ndim != 2:
-        raise ValueError(f"{name} needs two matrices")
-    if not (delta.left.is_floating_point() and delta.right.is_floating_point()):
-        raise ValueError(f"{name} needs floating dtypes")
-    width = d_out if delta.kind == "multiplicative" else d_in
-    rank = delta.left.shape[1]
-    if tuple(delta.left.shape) != (d_out, rank) or tuple(delta.right.shape) != (rank, width):
-        raise ValueError(
-            f"{name} ({delta.kind}) is {tuple(delta.left.shape)} by {tuple(delta.right.shape)},"
-            f" which does not fit a weight of ({d_out}, {d_in})"
-        )
 
 
 def _check_out(base: torch.Tensor, out: torch.Tensor) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from .compose import compose
-from .fold import LowRank
+from .low_rank import LowRank
 
 
 def overlay(y: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import InputError
-from ..kernels.fold import Kind
+from ..kernels.low_rank import Kind
 from ..patch import Delta
 from .forward import batches, hidden, logits, pad
 from .job import Deltas, Job

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import pytest
@@ -251,6 +251,44 @@ def test_no_temporary_is_as_large_as_the_weight() -> None:
     with mode():
         fold(base, deltas, out=out, tile=64)
     assert 0 < max(sizes) <= 32 * 64
+
+
+def test_beside_a_large_weight_an_eighth_of_it_is_held() -> None:
+    held: list[int] = []
+
+    def watch(self: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.empty.memory_format or func is torch.ops.aten._to_copy.default:
+            held.append(result.nbytes)
+        return result
+
+    mode: Any = type("Watch", (TorchDispatchMode,), {"__torch_dispatch__": watch})
+    base = torch.zeros(1024, 1 << 15, dtype=torch.bfloat16)
+    out = torch.empty_like(base)
+    for rank in (1, 300):
+        held.clear()
+        with mode():
+            fold(base, [delta(2, "multiplicative", 1024, 1 << 15, rank)], out=out)
+        assert 0 < sum(held) <= base.nbytes // 8, rank
+
+
+@pytest.mark.parametrize("count", [2, 9, 60])
+@pytest.mark.parametrize("kinds", ["multiplicative", "additive", "both"])
+def test_a_deep_stack_is_the_product_in_its_order(count: int, kinds: str) -> None:
+    # 60 of rank 3 are far beyond 40 rows: held dense by then.
+    draw = np.random.default_rng(count)
+    base = matrix(1, 40, 100, torch.bfloat16, 0.05)
+    x = base.double().numpy()
+    deltas = []
+    for number in range(count):
+        kind = ("multiplicative", "additive")[int(draw.integers(2))] if kinds == "both" else kinds
+        one = delta(10 * number, cast(Kind, kind), 40, 100, 3, 0.1)
+        left, right = one.left.double().numpy(), one.right.double().numpy()
+        x = x + left @ (right @ x if kind == "multiplicative" else right)
+        deltas.append(one)
+    assert same(fold(base, deltas), torch.from_numpy(x).to(torch.bfloat16))
+    reversed_ = fold(base, deltas[::-1])
+    assert kinds == "additive" or not same(reversed_, fold(base, deltas))
 
 
 def test_infinite_results_are_left_to_the_caller() -> None:
