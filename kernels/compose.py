@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from itertools import groupby
 
 import torch
@@ -90,6 +91,12 @@ class Affine:
             self.dense = _applied(compose(group), self.dense)
         else:
             self.factors = _then(self.factors, group)
+
+    def columns(self, columns: slice) -> Affine:
+        """The same for those columns of the weight."""
+        part = copy(self)
+        part.added = self.added.columns(columns.start, columns.stop)
+        return part
 
     def left(self) -> torch.Tensor:
         """``[L A]``, a view where one of them is empty."""

@@ -22,6 +22,7 @@ from .low_rank import LowRank, check_delta
 BASE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _ROWS = 128  # of the weight at a time: long enough for the products, short enough for the cache
 _FEW_ROWS = 768  # or all of them, read once
+_MOVED_COLUMNS = 1024  # of a weight on the host, on the device at a time
 _LEAST_COLUMNS, _MOST_COLUMNS = 64, 4096
 _LEAST_BYTES = 4 << 20  # below, calls take longer than what they compute
 _SHARE = 8  # of the weight's bytes, one part may be held beside it
@@ -34,6 +35,7 @@ def fold(
     *,
     out: torch.Tensor | None = None,
     tile: int | None = None,
+    device: torch.device | None = None,
 ) -> torch.Tensor:
     """The weights that ``deltas`` make of ``base``, in its dtype.
 
@@ -50,6 +52,7 @@ def fold(
         out: where the result goes, shaped and typed like ``base``. May be ``base``
             itself (each tile is read before it is written); no other overlap.
         tile: columns at a time; by default what that memory allows.
+        device: where to compute; by default where ``base`` is. Tiles go there and come back.
 
     Returns:
         ``out``, or a new contiguous tensor on the device of ``base``.
@@ -64,8 +67,16 @@ def fold(
         _check_out(base, out)
     if not deltas:
         return out.copy_(base)
-    what = Affine([_moved(delta, base.device) for delta in deltas], *base.shape)
-    (_dense if what.is_dense else _low_rank)(base, what, out, tile)
+    device = device or base.device
+    what = Affine([_moved(delta, device) for delta in deltas], *base.shape)
+    lay = _dense if what.is_dense else _low_rank
+    if device.type == base.device.type:
+        lay(base, what, out, tile)
+        return out
+    for columns in _slices(base.shape[1], _MOVED_COLUMNS):
+        there = base[:, columns].to(device)
+        lay(there, what.columns(columns), there, tile)
+        out[:, columns].copy_(there)
     return out
 
 

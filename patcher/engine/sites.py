@@ -8,7 +8,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from patcher.kernels import LowRank, fold
+from patcher.engine.streams import side_stream
+from patcher.kernels import LowRank, checksum, fold
 
 _READ_ROWS = 256  # input columns read back from a pack in one product
 
@@ -51,6 +52,9 @@ class Site(Protocol):
     def read(self) -> torch.Tensor:
         """What truly serves, on the host: the weight, and what else acts on the output."""
 
+    def checksum(self) -> int:
+        """The :func:`~patcher.kernels.checksum` of what :meth:`read` would give now."""
+
     def stage(self, weight: torch.Tensor) -> Staged:
         """Prepare ``weight`` (host, live dtype, as :meth:`made`) beside the live one."""
 
@@ -68,19 +72,14 @@ class Folded(ABC):
         """The live weight."""
         return self.read()
 
-    def made(self, base: torch.Tensor, deltas: Sequence[LowRank], tile: int = 1024) -> torch.Tensor:
-        """The fold, on the device a tile of columns at a time."""
-        if self.device.type == "cpu":
-            return fold(base, deltas)
-        out = torch.empty_like(base)
-        moved = [LowRank(d.kind, *(part.to(self.device) for part in d[1:])) for d in deltas]
-        for start in range(0, base.shape[1], tile):
-            stop = min(start + tile, base.shape[1])
-            part = fold(
-                base[:, start:stop].to(self.device), [d.columns(start, stop) for d in moved]
-            )
-            out[:, start:stop] = part.cpu()
-        return out
+    def checksum(self) -> int:
+        """Of the live weight."""
+        return checksum(self.read())
+
+    def made(self, base: torch.Tensor, deltas: Sequence[LowRank]) -> torch.Tensor:
+        """The fold, computed on the device, from and into the host's memory."""
+        with side_stream(self.device):
+            return fold(base, deltas, device=self.device)
 
 
 def read_product(
@@ -126,9 +125,8 @@ class TensorStaged:
             self._holds = False
 
     def _write(self, weight: torch.Tensor) -> None:
-        self._live.copy_(weight)
-        if self._live.is_cuda:
-            torch.cuda.synchronize(self._live.device)
+        with side_stream(self._live.device):
+            self._live.copy_(weight, non_blocking=True)
 
     def read(self) -> torch.Tensor:
         """The new weight, ``[d_out, columns]``."""

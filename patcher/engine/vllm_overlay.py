@@ -17,7 +17,7 @@ import torch
 
 from patcher.engine.sites import Columns, Staged, TensorStaged, read_product
 from patcher.errors import EngineRefusedError
-from patcher.kernels import LowRank, factors, overlay
+from patcher.kernels import LowRank, checksum, factors, overlay
 
 # The modules that patches are of, by the last part of their name: MLP output projections.
 _TARGETS = ("down_proj", "fc2", "dense_4h_to_h")
@@ -82,6 +82,10 @@ class OverlaySite:
     def read(self) -> torch.Tensor:
         """The base and the factors that serve."""
         return torch.cat([self.base(), self._factors.cpu()], dim=1)
+
+    def checksum(self) -> int:
+        """Of the base and the factors that serve."""
+        return checksum(self.read())
 
     def stage(self, weight: torch.Tensor) -> Staged:
         """Prepare the factors of what :meth:`made` gave."""

@@ -17,6 +17,7 @@ from patcher.engine.sites import Columns, Folded, Site, Staged, TensorStaged, re
 from patcher.engine.vllm_experts import find_experts
 from patcher.engine.vllm_overlay import find_overlay
 from patcher.errors import EngineRefusedError
+from patcher.kernels import checksum
 
 
 class _PackSite(Folded):
@@ -109,6 +110,10 @@ class _TensorSite(Folded):
 
     def read(self) -> torch.Tensor:
         return self._weight.detach().to("cpu", copy=True)
+
+    def checksum(self) -> int:
+        """Of the live weight, where it is."""
+        return checksum(self._weight)
 
     def stage(self, weight: torch.Tensor) -> Staged:
         return TensorStaged(self._weight.detach(), weight)

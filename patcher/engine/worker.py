@@ -23,7 +23,7 @@ from patcher.engine.sites import Site, Staged
 from patcher.engine.vllm_overlay import is_overlay
 from patcher.engine.vllm_worker import find_site, install_on_workers
 from patcher.errors import BaseMismatchError, EngineRefusedError, PatcherError
-from patcher.kernels import digest
+from patcher.kernels import checksum, digest
 from patcher.patch import ModuleBase, Patch
 from patcher.patch.fingerprint import check_module
 
@@ -40,8 +40,9 @@ class _Change:
     staged: dict[str, Staged] = field(default_factory=dict)
     bases: dict[str, torch.Tensor] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
+    sums: dict[str, int] = field(default_factory=dict)  # checksums of the same
     touched: list[Staged] = field(default_factory=list)  # live weights that it changed
-    before: tuple[tuple[str, ...], dict[str, str]] | None = None  # once committed
+    before: tuple[tuple[str, ...], dict[str, str], dict[str, int]] | None = None  # once committed
 
 
 class RankState:
@@ -53,6 +54,7 @@ class RankState:
         self.bases: dict[str, torch.Tensor] = {}  # host copies, of patched modules only
         self.stack: tuple[str, ...] = ()
         self.live: dict[str, str] = {}  # digests of what was put in force, of patched modules
+        self.sums: dict[str, int] = {}  # checksums of the same
         self.overlaid: set[str] = set()  # modules whose patches act on their output
         self.change: _Change | None = None
 
@@ -81,11 +83,8 @@ class RankState:
         if site is None:
             return False
         base = self.bases[name] if name in self.bases else site.base()
-        # Also by patches that go: with none left, nothing else would tell the base from a fold.
-        for patch_id in dict.fromkeys((*change.stack, *self.stack)):
-            patch = self.patches.get(patch_id)
-            if patch is not None and name in patch.deltas:
-                _check_base(name, patch.manifest.base.modules[name], base, site)
+        for expected in self._bases_named(name, (*change.stack, *self.stack)):
+            _check_base(name, expected, base, site)
         weight = self.made(name, base, change.stack, site)
         if not bool(torch.isfinite(weight).all()):
             raise EngineRefusedError(
@@ -94,13 +93,24 @@ class RankState:
             )
         staged = site.stage(weight)
         change.digests[name] = digest(weight)
-        if digest(staged.read()) != change.digests[name]:
+        held = staged.read()
+        if not torch.equal(held, weight) and digest(held) != change.digests[name]:
             raise EngineRefusedError(f"What was staged for {name} reads back differently.")
+        change.sums[name] = checksum(held)
         change.bases[name] = base
         change.staged[name] = staged
         if is_overlay(site):
             self.overlaid.add(name)
         return True
+
+    def _bases_named(self, name: str, stack: tuple[str, ...]) -> list[ModuleBase]:
+        """The bases of module ``name`` that patches were computed on, each once.
+
+        Also of patches that go: with none left, nothing else would tell the base from a fold.
+        """
+        held = [self.patches[i] for i in stack if i in self.patches]
+        named = [p.manifest.base.modules[name] for p in held if name in p.deltas]
+        return list({(one.shape, one.dtype, one.digest, one.blocks): one for one in named}.values())
 
     def made(
         self, name: str, base: torch.Tensor, stack: tuple[str, ...], site: Site
@@ -122,8 +132,9 @@ class RankState:
         for staged in change.staged.values():
             change.touched.append(staged)  # before: it may fail half-way
             staged.commit()
-        change.before = self.stack, self.live
+        change.before = self.stack, self.live, self.sums
         self.stack, self.live = change.stack, {**self.live, **change.digests}
+        self.sums = {**self.sums, **change.sums}
 
     def roll_back(self, change_id: str) -> None:
         """Undo what the change did on this rank, whatever that was."""
@@ -133,7 +144,7 @@ class RankState:
         for staged in reversed(change.touched):
             staged.undo()
         if change.before is not None:
-            self.stack, self.live = change.before
+            self.stack, self.live, self.sums = change.before
         self.change = None
 
     def finish(self, change_id: str) -> None:
@@ -152,12 +163,18 @@ class RankState:
         patched = {n for p in self.patches.values() for n in p.deltas}
         self.bases = {n: base for n, base in self.bases.items() if n in patched}
         self.live = {n: found for n, found in self.live.items() if n in patched}
+        self.sums = {n: found for n, found in self.sums.items() if n in patched}
 
     def check(self, name: str) -> Reply:
-        """The live weight's digest: is it what was put there, or else the base again?"""
+        """The live weight's digest: is it what was put there, or else the base again?
+
+        Where its checksum is the one that was put there, so is its digest.
+        """
         site = find_site(self.model, name)
         if site is None:
             return {"digest": None, "ok_live": True, "pristine": False}
+        if name in self.sums and site.checksum() == self.sums[name]:
+            return {"digest": self.live[name], "ok_live": True, "pristine": False}
         found = digest(site.read())
         ok = self.live.get(name, found) == found
         pristine = not ok and name in self.bases and digest(self.bases[name]) == found

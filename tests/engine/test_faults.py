@@ -293,7 +293,7 @@ def test_a_rank_without_memory_says_which_it_is(
     monkeypatch: pytest.MonkeyPatch,
     error: Exception,
 ) -> None:
-    def fold_fails(*_: object) -> None:
+    def fold_fails(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr("patcher.engine.sites.fold", fold_fails)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from patcher.kernels import column_blocks, column_digests, digest
+from patcher.kernels import checksum, column_blocks, column_digests, digest
 
 
 def test_is_the_sha256_of_the_row_major_bytes() -> None:
@@ -88,3 +88,38 @@ def test_refuses_blocks_that_do_not_divide() -> None:
         column_digests(t[0], 2)
     with pytest.raises(ValueError, match="at least one column"):
         column_blocks(0)
+
+
+@given(
+    shape=st.sampled_from([(1, 1), (3, 5), (16, 16), (7, 129), (40, 96)]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.int8]),
+    data=st.data(),
+)
+def test_a_checksum_tells_any_bit_and_no_stride(
+    shape: tuple[int, int], dtype: torch.dtype, data: st.DataObject
+) -> None:
+    t = torch.randint(-99, 99, shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    assert checksum(t.t().contiguous().t()) == checksum(t)
+    assert checksum(torch.cat([t[:, :1], t], 1)[:, 1:]) == checksum(t)
+    assert checksum(torch.cat([t[:1], t])[1:]) == checksum(t)
+    flipped = t.clone().view(torch.uint8)
+    at = data.draw(st.integers(0, flipped.numel() - 1))
+    flipped.view(-1)[at] ^= 1 << data.draw(st.integers(0, 7))
+    assert checksum(flipped.view(dtype)) != checksum(t)
+
+
+def test_a_checksum_tells_moved_parts_and_zeros_at_the_end() -> None:
+    t = torch.randn(64, 256, generator=torch.Generator().manual_seed(1)).bfloat16()
+    assert checksum(t.flip(0)) != checksum(t)
+    zeros = [
+        checksum(torch.zeros(n, dtype=torch.bfloat16)) for n in (1, 2, 200, 255, 256, 257, 512)
+    ]
+    assert len(set(zeros)) == len(zeros)
+
+
+def test_zeros_among_the_weights_have_no_sign() -> None:
+    t = torch.randn(300, 3000, generator=torch.Generator().manual_seed(1)).bfloat16()
+    t[200, 7], t[299, 2999] = -0.0, 1e-39
+    plain = t.clone()
+    plain[200, 7] = plain[299, 2999] = 0.0
+    assert digest(t) == digest(plain) == hashlib.sha256(plain.view(torch.int16).numpy()).hexdigest()
