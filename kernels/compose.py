@@ -39,28 +39,40 @@ def compose(deltas: Sequence[LowRank]) -> LowRank:
     if len(shapes) > 1:
         raise ValueError(f"cannot compose deltas for different shapes: {sorted(shapes)}")
     device = deltas[0].left.device
-    left = torch.cat([_wide(delta.left, device) for delta in deltas], dim=1)
-    right = torch.cat([_wide(delta.right, device) for delta in deltas], dim=0)
+    left = _side_by_side([delta.left for delta in deltas], device, dim=1)
+    right = _side_by_side([delta.right for delta in deltas], device, dim=0)
     kind = deltas[0].kind
     if kind == "additive" or len(deltas) == 1:
         return LowRank(kind, left, right)
     block = torch.repeat_interleave(torch.tensor([delta.rank for delta in deltas], device=device))
     earlier = block[:, None] > block[None, :]
     system = (right @ left).mul_(earlier).neg_()
-    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+    # Transposed, for the solver works in columns and both need rows.
+    solved = torch.linalg.solve_triangular(
+        system.t(), right.t(), upper=True, left=False, unitriangular=True
+    ).t()
     return LowRank(kind, left, solved)
 
 
-def _wide(factor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    return factor.detach().to(device, torch.float64)
+def _side_by_side(factors: list[torch.Tensor], device: torch.device, dim: int) -> torch.Tensor:
+    """In float64; put together first, for that is one conversion and less to move."""
+    moved = [factor.detach().to(device) for factor in factors]
+    return torch.cat(moved, dim).to(torch.float64)
+
+
+def dense_is_less(rank: int, d_out: int, d_in: int) -> bool:
+    """Whether ``D`` held dense is less work than factors of a summed rank of ``rank``.
+
+    ``4 d_out r`` operations for each of ``d_in`` columns, or ``2 d_out²`` and ``2 d_out² r`` once.
+    """
+    return rank * (2 * d_in - d_out) > d_out * d_in
 
 
 class Affine:
     """What a stack of deltas of both kinds does: ``W' = D W + A B``.
 
-    ``D`` is ``I + L R``, or ``dense`` where that is less work for a weight of that shape:
-    ``4 d_out r`` operations a column against ``2 d_out²``, and ``2 d_out² r`` once. One
-    multiplicative delta alone stays as it is, in its own dtype.
+    ``D`` is ``I + L R``, or ``dense`` where :func:`dense_is_less`. One multiplicative delta
+    alone stays as it is, in its own dtype.
 
     Args:
         deltas: at least one, ``deltas[0]`` first, all on one device.
@@ -70,7 +82,7 @@ class Affine:
 
     def __init__(self, deltas: Sequence[LowRank], d_out: int, d_in: int) -> None:
         ranks = [delta.rank for delta in deltas if delta.kind == "multiplicative"]
-        self.is_dense = sum(ranks) * (2 * d_in - d_out) > d_out * d_in
+        self.is_dense = dense_is_less(sum(ranks), d_out, d_in)
         empty = deltas[0].left.new_empty(0, dtype=torch.float64)
         self.factors = LowRank("multiplicative", empty.view(d_out, 0), empty.view(0, d_out))
         self.added = LowRank("additive", empty.view(d_out, 0), empty.view(0, d_in))
@@ -112,7 +124,8 @@ def _then(first: LowRank, more: list[LowRank]) -> LowRank:
 
 def _applied(delta: LowRank, to: torch.Tensor) -> torch.Tensor:
     """``(I + L R) to``, in float64."""
-    return torch.addmm(_wide(to, to.device), delta.left, delta.right @ _wide(to, to.device))
+    wide = to.to(torch.float64)
+    return torch.addmm(wide, delta.left, delta.right @ wide)
 
 
 def _groups(deltas: list[LowRank], rank: int) -> list[list[LowRank]]:

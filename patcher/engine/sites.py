@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
@@ -11,6 +12,7 @@ import torch
 from patcher.engine.streams import side_stream
 from patcher.kernels import LowRank, checksum, fold
 
+_PROBES = 16  # vectors that a pack is asked with whether it is still the same
 _READ_ROWS = 256  # input columns read back from a pack in one product
 
 
@@ -25,6 +27,9 @@ class Staged(Protocol):
 
     def read(self) -> torch.Tensor:
         """What is held beside the live weight now, ``[d_out, columns]``."""
+
+    def checksum(self) -> int:
+        """The site's :meth:`Site.checksum` once this is live."""
 
 
 class Columns(NamedTuple):
@@ -53,7 +58,7 @@ class Site(Protocol):
         """What truly serves, on the host: the weight, and what else acts on the output."""
 
     def checksum(self) -> int:
-        """The :func:`~patcher.kernels.checksum` of what :meth:`read` would give now."""
+        """A number that is another, but by rare accident, once something else serves."""
 
     def stage(self, weight: torch.Tensor) -> Staged:
         """Prepare ``weight`` (host, live dtype, as :meth:`made`) beside the live one."""
@@ -96,6 +101,24 @@ def read_product(
     return out
 
 
+def probe_product(
+    product: Callable[[torch.Tensor], torch.Tensor], d_in: int, dtype: torch.dtype
+) -> int:
+    """The checksum of a pack's products with a few vectors, always the same ones.
+
+    For a weight that takes as many products as it has columns to be read. Other weights give
+    other products; what is lost in their rounding, a bit that flipped here or there, is for
+    :func:`read_product` to find.
+    """
+    return checksum(product(_probes(d_in, dtype)))
+
+
+@functools.lru_cache(maxsize=8)
+def _probes(d_in: int, dtype: torch.dtype) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(0)
+    return torch.randn(_PROBES, d_in, generator=draw).to(dtype)
+
+
 class TensorStaged:
     """A weight to be copied into a live tensor; ``unpack`` gives the matrix that either holds."""
 
@@ -131,3 +154,7 @@ class TensorStaged:
     def read(self) -> torch.Tensor:
         """The new weight, ``[d_out, columns]``."""
         return self._unpack(self._spare)
+
+    def checksum(self) -> int:
+        """Of the new weight."""
+        return checksum(self.read())

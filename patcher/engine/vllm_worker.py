@@ -13,7 +13,15 @@ from typing import Any
 import torch
 
 from patcher.engine.names import find_experts_of, find_module
-from patcher.engine.sites import Columns, Folded, Site, Staged, TensorStaged, read_product
+from patcher.engine.sites import (
+    Columns,
+    Folded,
+    Site,
+    Staged,
+    TensorStaged,
+    probe_product,
+    read_product,
+)
 from patcher.engine.vllm_experts import find_experts
 from patcher.engine.vllm_overlay import find_overlay
 from patcher.errors import EngineRefusedError
@@ -30,6 +38,9 @@ class _PackSite(Folded):
 
     def read(self) -> torch.Tensor:
         return _read_pack(self._handler, self._dtype)
+
+    def checksum(self) -> int:
+        return _probe_pack(self._handler, self._dtype)
 
     def stage(self, weight: torch.Tensor) -> Staged:
         return _PackStaged(self._handler, weight)
@@ -63,12 +74,21 @@ class _PackStaged:
     def read(self) -> torch.Tensor:
         return _read_pack(self._spare, self._dtype)
 
+    def checksum(self) -> int:
+        return _probe_pack(self._spare, self._dtype)
+
 
 def _read_pack(handler: Any, dtype: torch.dtype) -> torch.Tensor:
     from vllm import _custom_ops as ops
 
     shape = (int(handler.n), int(handler.k))
     return read_product(lambda x: ops.onednn_mm(handler, x, None), shape, dtype)
+
+
+def _probe_pack(handler: Any, dtype: torch.dtype) -> int:
+    from vllm import _custom_ops as ops
+
+    return probe_product(lambda x: ops.onednn_mm(handler, x, None), int(handler.k), dtype)
 
 
 class _SmallPackSite(Folded):

@@ -23,7 +23,7 @@ from patcher.engine.sites import Site, Staged
 from patcher.engine.vllm_overlay import is_overlay
 from patcher.engine.vllm_worker import find_site, install_on_workers
 from patcher.errors import BaseMismatchError, EngineRefusedError, PatcherError
-from patcher.kernels import checksum, digest
+from patcher.kernels import digest
 from patcher.patch import ModuleBase, Patch
 from patcher.patch.fingerprint import check_module
 
@@ -96,7 +96,7 @@ class RankState:
         held = staged.read()
         if not torch.equal(held, weight) and digest(held) != change.digests[name]:
             raise EngineRefusedError(f"What was staged for {name} reads back differently.")
-        change.sums[name] = checksum(held)
+        change.sums[name] = staged.checksum()
         change.bases[name] = base
         change.staged[name] = staged
         if is_overlay(site):
