@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
+import re
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 from patcher.errors import UsageError
 
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _CURE = "Write the server's root, like http://127.0.0.1:8000."
 
 
@@ -76,8 +77,15 @@ def checked_token(token: str) -> str:
 
 def request_headers(token: str) -> dict[str, str]:
     """What every request carries: the token, and what it is made with, which the ledger keeps."""
+    from importlib.metadata import PackageNotFoundError, version  # slow, and few ask
+
     try:
         ours = f"patcher/{version('vllm-patcher')}"
     except PackageNotFoundError:  # run from a source tree that isn't installed
         ours = "patcher"
     return {"User-Agent": ours} | ({"Authorization": f"Bearer {token}"} if token else {})
+
+
+def is_remote(text: str) -> bool:
+    """Whether ``text`` is a URL, of whatever kind, rather than the path of a file."""
+    return bool(_SCHEME.match(text))

@@ -61,7 +61,8 @@ def patches_in(
     for a URL, and :class:`~patcher.errors.UsageError` for a named file that is no signature of
     these patches.
     """
-    from patcher.shipping import is_remote, pull
+    from patcher.address import is_remote
+    from patcher.shipping import pull
     from patcher.signing import bundles_of
 
     read: list[tuple[Patch, Path | None]] = []

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import click
 
+from patcher.address import is_remote
 from patcher.errors import UsageError
 from patcher.protocol import IN_FLIGHT
 
@@ -27,8 +27,6 @@ class PatchFile(click.ParamType[Path]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         """The path of the file, or of what was pulled."""
-        from patcher.shipping.places import is_remote
-
         if isinstance(value, str) and is_remote(value) and ctx is not None:
             return _pulled(value, ctx)
         path: Path = existing_file.convert(value, param, ctx)
@@ -40,6 +38,8 @@ class PatchFile(click.ParamType[Path]):
 
 
 def _pulled(url: str, ctx: click.Context) -> Path:
+    import tempfile
+
     from patcher.shipping import pull
     from patcher.shipping.moving import save
 

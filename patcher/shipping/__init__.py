@@ -7,6 +7,6 @@ read as any patch file is. Credentials are those libraries' own (docs/shipping.m
 from __future__ import annotations
 
 from .moving import pull, push
-from .places import Parcel, is_remote
+from .places import Parcel
 
-__all__ = ["Parcel", "is_remote", "pull", "push"]
+__all__ = ["Parcel", "pull", "push"]

@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from ..address import is_remote
 from ..errors import ShippingError, UsageError
 from ..signing import MAX_BUNDLE_BYTES
 
 MAX_BESIDE = 64  # things that are taken with a patch
 MAX_REPORT_BYTES = 16 << 20
 
-_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _PIN = re.compile(r"#sha256=([0-9a-f]{64})$")
 _SECRETS = re.compile(r"(?<=//)[^/\s'\"@]*@|(?<=\?)[^\s'\")]+")
 # Suffixes that make the name of what lies beside a patch; no separators, so no way out of a folder.
@@ -38,11 +38,6 @@ class Place(Protocol):
 
     def fetch(self) -> Parcel:
         """What lies there, bounded; nothing of it is checked but its length and digests."""
-
-
-def is_remote(text: str) -> bool:
-    """Whether ``text`` is a URL rather than the path of a file."""
-    return bool(_SCHEME.match(text))
 
 
 def parsed(url: str) -> tuple[str, str | None]:
