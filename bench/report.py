@@ -77,7 +77,7 @@ class Line(NamedTuple):
     points: list[tuple[float, float, float, float]]
 
 
-def line(name: str, points: Mapping[float, Spread]) -> Line:
+def line(name: str, points: Mapping[int, Spread] | Mapping[float, Spread]) -> Line:
     """A line from spreads by their x."""
     return Line(name, [(x, *spread) for x, spread in sorted(points.items())])
 
