@@ -6,6 +6,7 @@ server share, so they can't drift apart.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NotRequired
 
 from fastapi import APIRouter, FastAPI, Security
@@ -179,18 +180,19 @@ _BYTES = {"type": "string", "format": "binary"}
 
 
 def _json(kind: Any) -> dict[str, Any]:
-    return {"content": {"application/json": {"schema": _inlined(_schema(kind))}}}
+    return {"content": {"application/json": {"schema": _schema(kind)}}}
 
 
 def _refusal() -> dict[str, Any]:
     return {
         "description": "Refused",
-        "content": {PROBLEM: {"schema": _inlined(_schema(Problem))}},
+        "content": {PROBLEM: {"schema": _schema(Problem)}},
     }
 
 
+@functools.cache  # of a refusal it is asked for sixty times, at every start
 def _schema(kind: Any) -> dict[str, Any]:
-    return TypeAdapter(kind).json_schema()
+    return _inlined(TypeAdapter(kind).json_schema())
 
 
 def _inlined(schema: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -289,10 +290,13 @@ def router() -> APIRouter:
     routes.add_api_route(
         "/health", _health, methods=["GET"], response_model=None, **openapi.health()
     )
-    described = JSONResponse(openapi.document(routes))
+
+    @functools.cache  # made when it is first asked for: a start needn't wait for it
+    def described() -> Response:
+        return JSONResponse(openapi.document(routes))
 
     async def _openapi() -> Response:
-        return described
+        return described()
 
     routes.add_api_route("/openapi.json", _openapi, methods=["GET"], include_in_schema=False)
     return routes

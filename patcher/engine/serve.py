@@ -12,7 +12,6 @@ from typing import NoReturn
 
 from patcher.engine.settings import PLUGIN
 from patcher.errors import UsageError
-from patcher.signing import TrustPolicy
 
 # Unless VLLM_PLUGINS is set, vLLM loads every plugin of these groups.
 _OPEN_GROUPS = (
@@ -74,6 +73,8 @@ def serve(
             "pip install 'vllm-patcher[engine]' (CPU: 'vllm-patcher[engine-cpu]').",
         )
     if trust is not None:
+        from patcher.signing import TrustPolicy  # a third of a second that others needn't wait
+
         TrustPolicy.read(trust)  # what is wrong with it shows before a model is loaded
     environment = environment_for(
         os.environ, state=state, token_file=token_file, no_restore=no_restore, trust=trust

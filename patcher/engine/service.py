@@ -22,8 +22,8 @@ from patcher.engine.lifetimes import Lifetimes
 from patcher.engine.metrics import metrics
 from patcher.engine.observe import CHANGE, cause_of, observed
 from patcher.engine.ranks import Place, Ranks, agree, place
+from patcher.engine.settings import DEFAULT_LONGEST
 from patcher.engine.signatures import Trust
-from patcher.engine.spacing import DEFAULT_LONGEST
 from patcher.engine.stack import Stack, admit, questions
 from patcher.engine.store import Store
 from patcher.engine.transition import Swapped, Transition

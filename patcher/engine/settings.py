@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from patcher.engine.spacing import DEFAULT_LONGEST, LONGEST
 from patcher.errors import UsageError
 
 PLUGIN = "patcher"  # the entry points' name, as VLLM_PLUGINS names it
 DEFAULT_OVERLAY_RANK = 64
+DEFAULT_LONGEST = 10.0  # seconds that a change waits at most (patcher.engine.spacing)
+LONGEST = 60.0  # that may be set: a change behind it waits three minutes for the lock
 _TRUE = {"1", "true", "yes", "on"}
 
 

@@ -15,11 +15,10 @@ import time
 from typing import Any
 
 from patcher.engine import vllm_client
+from patcher.engine.settings import DEFAULT_LONGEST
 from patcher.protocol import InFlight
 
 TOKENS = 16  # that a recomputed request makes before it is recomputed again
-DEFAULT_LONGEST = 10.0  # seconds that a change waits at most
-LONGEST = 60.0  # that may be set: a change behind it waits three minutes for the lock
 _ASK_EVERY = 0.05  # seconds
 logger = logging.getLogger("vllm.patcher")
 

@@ -16,7 +16,8 @@ from patcher.engine.metrics import metrics
 from patcher.engine.mixed import MixedRequests
 from patcher.engine.observe import CHANGE
 from patcher.engine.ranks import Place, Ranks, place, refusal
-from patcher.engine.spacing import DEFAULT_LONGEST, Spacing
+from patcher.engine.settings import DEFAULT_LONGEST
+from patcher.engine.spacing import Spacing
 from patcher.engine.spans import span
 from patcher.engine.stack import Stack
 from patcher.engine.store import Store
@@ -102,6 +103,8 @@ class Transition:
 
         Raises :class:`VerificationError` where a live weight is neither.
         """
+        if not stack.ids:
+            return
         drifted: dict[str, bool] = {}
         for name in sorted(stack.modules(await asyncio.to_thread(self.store.manifests))):
             changed = [r for r in await self.ranks.call("patcher_check", name) if not r["ok_live"]]
@@ -135,17 +138,24 @@ class Transition:
         self, change_id: str, served: list[Stack], target: Stack
     ) -> dict[str, dict[Place, str]]:
         """Prepare every module that changes; returns its digests by rank."""
+        reading = asyncio.create_task(asyncio.to_thread(self.store.manifests))
+        try:  # a start reads them all, while the ranks read the files
+            await self._send(target)
+            await self.ranks.call("patcher_begin", change_id, list(target.ids))
+        finally:
+            manifests = await reading
+        digests: dict[str, dict[Place, str]] = {}
+        for name in sorted({n for s in served for n in s.changed_modules(target, manifests)}):
+            digests[name] = await self.stage_module(change_id, name)
+        return digests
+
+    async def _send(self, target: Stack) -> None:
+        """Give the ranks the patches that they lack."""
         ranks = await self.ranks.probe()
         for patch_id in target.ids:
             if any(patch_id not in rank["held"] for rank in ranks):
                 data = await asyncio.to_thread(self.store.patch_bytes, patch_id)
                 await self.ranks.call("patcher_receive", data)
-        await self.ranks.call("patcher_begin", change_id, list(target.ids))
-        digests: dict[str, dict[Place, str]] = {}
-        manifests = await asyncio.to_thread(self.store.manifests)
-        for name in sorted({n for s in served for n in s.changed_modules(target, manifests)}):
-            digests[name] = await self.stage_module(change_id, name)
-        return digests
 
     async def stage_module(self, change_id: str, name: str) -> dict[Place, str]:
         """Prepare one module on every rank that holds it; its digests by rank.

@@ -131,12 +131,30 @@ def _quantised(layer: Any) -> bool:
 def install(rank: int) -> None:
     """Attach overlays wherever vLLM loads a model to serve; loading twice is harmless.
 
-    A draft model is left alone: it only proposes.
+    A draft model is left alone: it only proposes. The loader is imported where a worker takes its
+    device (``v1/worker/worker_base.py``): half a second that no other process has to spend.
     """
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    take: Any = WorkerWrapperBase.init_device
+    if rank == 0 or hasattr(take, "patcher_rank"):
+        return
+
+    @functools.wraps(take)
+    def init_device(self: Any, *args: Any, **options: Any) -> Any:
+        _wrap_loader(rank)
+        return take(self, *args, **options)
+
+    taking: Any = init_device
+    taking.patcher_rank = rank
+    WorkerWrapperBase.init_device = taking
+
+
+def _wrap_loader(rank: int) -> None:
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
     load: Any = BaseModelLoader.load_model
-    if rank == 0 or hasattr(load, "patcher_rank"):
+    if hasattr(load, "patcher_rank"):
         return
 
     @functools.wraps(load)
