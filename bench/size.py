@@ -10,7 +10,8 @@ of the same patch (F32), and the same tensors in the patch's dtype. *Larger mode
 on one weight each, really written as a patch, with the real one's manifest, and as an adapter:
 bytes hang on shapes alone.
 
-Quick leaves most ranks out, and computes in five steps of one round, on given layers. "Tensors": the weights that the patch changes, in bfloat16.
+Quick leaves most ranks out, and computes in five steps of one round, on given layers. "Tensors":
+the weights that the patch changes, in bfloat16.
 """
 
 from __future__ import annotations
