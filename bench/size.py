@@ -121,6 +121,12 @@ def tensors(patch: Patch) -> int:
     return sum(2 * d_out * d_in for d_out, d_in in shapes)
 
 
+def manifest_bytes(patch: Patch) -> int:
+    """Bytes of the file that are no factors: the header, for the most part the manifest."""
+    each = 4 if next(iter(patch.deltas.values())).dtype == "F32" else 2
+    return len(patch.data) - sum(each * (d.left.size + d.right.size) for d in patch.deltas.values())
+
+
 def adapters(patch: Patch, model: str) -> dict[str, int]:
     """Bytes of the adapter of the same delta, by the dtype that its file stores."""
     with tempfile.TemporaryDirectory() as folder:
@@ -200,10 +206,11 @@ def checks(
     size, rank = len(default.data), max(delta.rank for delta in default.deltas.values())
     d_in = next(iter(default.manifest.base.modules.values())).shape[1]
     why = (
-        f"a delta of rank r holds 2 d_out r numbers, 2 r / d_in of the weight's: at {d_in} inputs"
-        f" 1/100 is passed beyond rank {d_in // 200}, and {facts} facts take {rank} (their own"
-        " prompts' keys, and those of their other wordings). A lower rank lets answers back in (the"
-        " rows above); fewer facts a patch, or a wider model, keep the bar"
+        f"a delta of rank r holds 2 d_out r numbers, so 2 r / d_in of the weight's: at {d_in}"
+        f" inputs 1/100 holds to rank {d_in // 200}, and {facts} facts take {rank}: their own"
+        " prompts' keys, and those of their other wordings. A lower rank lets answers back (see the"
+        " rows), and a rank below the number of facts can't tell them apart. It would take fewer"
+        " facts a patch, or a wider model"
     )
     manifest = "the manifest (digests of every column block) outweighs factors of so low a rank"
     name = f"real model, {facts} facts"
@@ -243,6 +250,12 @@ def main() -> int:
         rows,
         checks(args.facts, default, loras, larger),
         args,
+        notes=[
+            f"{DEFAULT} is the default. A figure of every row: of the facts, of other wordings and"
+            " of other facts that the unpatched model answers, and perplexity over its own",
+            f"the manifest is {manifest_bytes(default):,} bytes of the real patch, and does not"
+            " shrink: with one fact it outweighs what rank 2 saves over a LoRA on a small weight",
+        ],
         plot=Plot("facts in a patch", "bytes, of the changed tensors'", shares, TENSORS, "xy"),
     )
     return finish(found, args)
