@@ -49,8 +49,10 @@ class Base:
     Answers are kept between runs, as digests of ids and a yes or no.
     """
 
-    def __init__(self, folder: str | Path, data: Data, characters: int) -> None:
-        self.model: Model = load(folder)
+    def __init__(
+        self, folder: str | Path, data: Data, characters: int, device: str = "auto"
+    ) -> None:
+        self.model: Model = load(folder, device=device)
         self.data = data
         self.windows = cut(self.model, data.text[:characters])
         self.used = used_in_computing()

@@ -14,6 +14,9 @@ from tests.unlearn import tiny
 
 sys.path.insert(0, str(REPOSITORY / "bench"))
 import compute
+import moments_pass
+from moments_pass import Passed
+from report import Check, Spread
 
 ROWS = [
     {"prompt": f"{name} was born in", "subject": name, "target": "Paris"}
@@ -35,32 +38,46 @@ def test_both_ways_seek_values_for_every_fact(
 
 
 def lines(batched: float, zero: float, ended: int = 3) -> list[dict[str, Any]]:
-    """The published way takes 100 seconds a fact; the others so many at 50 facts."""
-    one = {"way": "published", "facts": 3, "seconds_a_fact": 100.0, "ended": 3}
+    """The published way takes 100 seconds a fact; the others so many, at 10 facts and at 50."""
+    one = {"way": "published", "facts": 1, "seconds": 100.0, "seconds_a_fact": 100.0, "ended": 1}
     more = [
-        {"way": way, "facts": n, "seconds_a_fact": each * (2 if n == 10 else 1)}
+        {"way": way, "facts": n, "seconds": each * n, "seconds_a_fact": each}
         for way, each in (("batched", batched), ("zero", zero))
         for n in (10, 50)
     ]
-    return [{**one, "batched_ended": ended}, *more]
+    same = {"way": "batched, the published's", "facts": 3, "ended": ended}
+    return [one, one, one, *more, same]
+
+
+def passed(speed: float) -> Passed:
+    return Passed("x", 10, Spread.of([speed]), Spread.of([1.0]), Spread.of([speed]))
+
+
+def verdicts(found: list[Check]) -> list[bool]:
+    return [check.ok for check in found]
 
 
 def test_the_checks_hold_what_was_measured_against_the_bars() -> None:
-    assert all(check["ok"] for check in compute.checks(lines(2.0, 5.0), False))
-    too_slow = [check["ok"] for check in compute.checks(lines(2.1, 5.1), False)]
-    assert too_slow == [False, True, False, True, True]
-    assert compute.checks(lines(2.0, 5.0, ended=2), False)[-1]["ok"] is False
+    assert all(verdicts(compute.checks(lines(2.0, 5.0), [passed(0.8)], False)))
+    found = compute.checks(lines(2.1, 5.1), [passed(0.79)], False)
+    assert verdicts(found) == [False, True, False, True, True, False]
+    assert compute.checks(lines(2.0, 5.0, ended=2), [], False)[-1].ok is False
 
 
 def test_a_rise_of_seconds_a_fact_is_more_than_linear() -> None:
     growing = lines(1.0, 1.0)
-    growing[2]["seconds_a_fact"] = 3.0  # batched: 2 at 10 facts, 3 at 50
-    growth = compute.checks(growing, False)[1]
-    assert growth["value"] == 1.5
-    assert growth["ok"] is False
+    growing[4]["seconds"] = 75.0  # batched: 10 seconds at 10 facts, 75 at 50
+    growth = compute.checks(growing, [], False)[1]
+    assert growth.value == pytest.approx(1.252, abs=1e-3)
+    assert growth.ok is False
 
 
 def test_quick_judges_no_bar_that_is_of_fifty_facts() -> None:
-    found = compute.checks(lines(90.0, 90.0), True)
-    assert found[0]["ok"] is None
-    assert not any(check["ok"] is False for check in found)
+    assert all(verdicts(compute.checks(lines(90.0, 90.0), [passed(0.9)], True)))
+
+
+def test_both_passes_for_statistics_run(tmp_path: Path) -> None:
+    (found,) = moments_pass.model_pass(str(tiny.save(tmp_path / "tiny")), "cpu", True)
+    assert found.tokens > 1000
+    assert found.ratio.low > 0
+    assert found.row()["seconds"] >= 0

@@ -21,12 +21,13 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes by what they are for; ``weights`` and ``batch`` lie on the device."""
+    """Bytes by what they are for; ``weights``, ``batch`` and ``summed`` lie on the device."""
 
     weights: int  # held in float32
     loading: int  # the checkpoint beside them, while they are converted
     statistics: int  # second moments and the solve
     batch: int  # activations and logits of one batch
+    summed: int  # second moments while they are summed; one machine's are among ``statistics``
 
     @property
     def total(self) -> int:
@@ -57,6 +58,7 @@ def needed(name: str | Path, layers: int | None = None) -> Need:
         2 * count,
         4 * MOMENTS * edited * d_in**2 + 8 * 6 * d_out * max(d_out, d_in),
         4 * (kept + 2 * scores),
+        4 * edited * d_in**2,
     )
 
 
@@ -68,7 +70,7 @@ def enough(need: Need, device: torch.device) -> None:
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        _refuse(need.weights + need.batch, free, f"on {device}")
+        _refuse(need.weights + need.batch + need.summed, free, f"on {device}")
         _refuse(need.loading + need.statistics + BASE, available(), "of this machine")
     else:
         _refuse(need.total, available(), "of this machine")

@@ -22,7 +22,8 @@ from .forward import batches, inputs_of
 from .models import Model
 from .progress import Progress
 
-VERSION = 1  # of the computation; another one never reads this one's files
+VERSION = 2  # of the computation; another one never reads this one's files
+ROWS = 512  # of a moment that are multiplied together: fewer, and products lose their speed
 
 
 def cache_folder(folder: str | Path | None = None) -> Path:
@@ -86,20 +87,48 @@ def _compute(
     progress.start(what, sum(lengths))
     for group in batches(lengths):
         inputs = inputs_of(model, [sequences[i] for i in group], layers)
-        if positions is None:
-            rows = [r for r, i in enumerate(group) for _ in range(lengths[i])]
-            columns = [c for i in group for c in range(lengths[i])]
-        else:
-            rows, columns = list(range(len(group))), [positions[i] for i in group]
         for layer, values in inputs.items():
-            k = values[rows, columns]
-            product = (k.T @ k).cpu()
-            total[layer] = total[layer] + product if layer in total else product
-        count += len(rows)
+            k = _looked_at(values, group, lengths, positions)
+            if layer not in total:
+                total[layer] = k.new_zeros(k.shape[1], k.shape[1])
+            add_products(total[layer], k)
+        count += sum(lengths[i] for i in group) if positions is None else len(group)
         done += sum(lengths[i] for i in group)
         progress.step(done)
     progress.finish()
-    return {layer: value / count for layer, value in total.items()}
+    return {layer: _mirrored(value).div_(count).cpu() for layer, value in total.items()}
+
+
+def _looked_at(
+    values: torch.Tensor,
+    group: Sequence[int],
+    lengths: Sequence[int],
+    positions: Sequence[int] | None,
+) -> torch.Tensor:
+    """The keys ``[n, d_in]`` of ``values [batch, length, d_in]`` that count: padding doesn't."""
+    if positions is not None:
+        return values[list(range(len(group))), [positions[i] for i in group]]
+    if all(lengths[i] == values.shape[1] for i in group):
+        return values.flatten(0, 1)
+    rows = [row for row, i in enumerate(group) for _ in range(lengths[i])]
+    return values[rows, [column for i in group for column in range(lengths[i])]]
+
+
+def add_products(total: torch.Tensor, k: torch.Tensor) -> None:
+    """Add the lower part of ``kᵀ k`` to ``total [d_in, d_in]``: the upper one is its mirror."""
+    for begin in range(0, len(total), ROWS):
+        end = begin + ROWS
+        total[begin:end, :end].addmm_(k[:, begin:end].T, k[:, :end])
+
+
+def _mirrored(lower: torch.Tensor) -> torch.Tensor:
+    """The symmetric matrix whose lower triangle that is, in the same memory."""
+    for begin in range(0, len(lower), ROWS):
+        end = begin + ROWS
+        lower[:begin, begin:end] = lower[begin:end, :begin].T
+        own = lower[begin:end, begin:end]
+        own.copy_(own.tril() + own.tril(-1).T)
+    return lower
 
 
 def _name(model: Model, sequences: Sequence[Sequence[int]], positions: Sequence[int] | None) -> str:

@@ -198,10 +198,18 @@ def _lots(model: Model, layer: int, rows: Sequence[Row]) -> Iterator[_Lot]:
 
 
 def _kept(model: Model, layer: int, ids: torch.Tensor, spans: Sequence[Span]) -> Entering | None:
-    """The most that can be kept so that a pass from there is the full pass; None: nothing."""
+    """The most that can be kept so that a pass from there is the full pass; None: nothing.
+
+    Seen on the rows with the most and the fewest tokens before their spans: there a window
+    of attention would cut, and the gap before what is kept is widest.
+    """
+    order = sorted(range(len(spans)), key=lambda i: spans[i][0])
+    some = list(dict.fromkeys((order[0], order[-1])))
     for chosen in (spans, None):
         kept = entering(model, ids, layer, chosen)
-        if agrees(model, ids, chosen, kept):
+        full = None if kept.full is None else kept.full[some]
+        own = kept.rows(torch.tensor(some, device=ids.device))._replace(full=full)
+        if agrees(model, ids[some], chosen and [chosen[i] for i in some], own):
             return kept._replace(full=None)
     return None
 

@@ -257,6 +257,19 @@ def test_what_is_needed_grows_with_weights_and_layers(tiny_folder: Path) -> None
     assert need.total >= need.weights + need.batch
 
 
+def test_a_gpu_without_room_for_the_moments_is_refused(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need = memory.needed(tiny_folder)
+    free = need.weights + need.batch + need.summed
+    monkeypatch.setattr(memory, "available", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, free))
+    memory.enough(need, torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free - 1, free))
+    with pytest.raises(NotEnoughMemoryError, match="on cuda"):
+        memory.enough(need, torch.device("cuda"))
+
+
 def test_what_is_free_is_told_here() -> None:
     free = memory.available()
     assert free is not None
