@@ -24,36 +24,35 @@ from typing import Any
 import numpy as np
 from load import MODEL, REPOSITORY, layer_count, random_patch
 from quantise import quantise
+from report import Plot, Spread, at_least, document, finish, line, options
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 PARTS = ("without patcher", "overlaid", "LoRA")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def main() -> int:
+    parser = options(__doc__)
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--tokens", type=int, default=128, help="of each answer")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compiled", action="store_true", help="vLLM's default; starts slower")
-    parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds")
-    parser.add_argument("--json", action="store_true")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.quick:
-        options.tokens, options.rounds = 48, 3
-    if options.part:
-        print("found: " + json.dumps(measure(options)))
-        return
+    args = parser.parse_args()
+    if args.quick:
+        args.tokens, args.rounds = 48, 3
+    if args.part:
+        print("found: " + json.dumps(measure(args)))
+        return 0
     with tempfile.TemporaryDirectory() as folder:
-        prepare(options.model, Path(folder), options.rank)
+        prepare(args.model, Path(folder), args.rank)
         found: dict[str, Any] = {}
         for part in PARTS:
             found |= in_process(part, Path(folder))
-    report(found, options)
+    return report(found, args)
 
 
 def prepare(model: Path, folder: Path, rank: int) -> None:
@@ -93,72 +92,78 @@ def in_process(part: str, folder: Path) -> dict[str, Any]:
     return found
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    os.environ["PATCHER_OVERLAY_RANK"] = str(options.rank)
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    os.environ["PATCHER_OVERLAY_RANK"] = str(args.rank)
     from vllm import LLM
     from vllm.lora.request import LoRARequest
 
-    lora = {"enable_lora": True, "max_lora_rank": options.rank} if options.part == "LoRA" else {}
+    lora = {"enable_lora": True, "max_lora_rank": args.rank} if args.part == "LoRA" else {}
     llm = LLM(
-        str(options.folder / "quantised"),
-        enforce_eager=not options.compiled,
+        str(args.folder / "quantised"),
+        enforce_eager=not args.compiled,
         max_model_len=1024,
         **lora,
     )
-    if options.part == "LoRA":
-        adapter = LoRARequest("same", 1, str(options.folder / "adapter"))
-        return {"LoRA enabled": rates(llm, options), "LoRA": rates(llm, options, adapter)}
-    found = {"overlaid, empty" if options.part == "overlaid" else options.part: rates(llm, options)}
-    if options.part == "overlaid":
+    if args.part == "LoRA":
+        adapter = LoRARequest("same", 1, str(args.folder / "adapter"))
+        return {"LoRA enabled": rates(llm, args), "LoRA": rates(llm, args, adapter)}
+    found = {"overlaid, empty" if args.part == "overlaid" else args.part: rates(llm, args)}
+    if args.part == "overlaid":
         import patcher
 
         with patcher.attach(llm) as engine:
-            engine.apply(options.folder / "patch.st")
-            found["overlaid, patched"] = rates(llm, options)
+            engine.apply(args.folder / "patch.st")
+            found["overlaid, patched"] = rates(llm, args)
     return found
 
 
-def rates(llm: Any, options: argparse.Namespace, adapter: Any = None) -> dict[str, list[float]]:
+def rates(llm: Any, args: argparse.Namespace, adapter: Any = None) -> dict[str, list[float]]:
     """Tokens per second of each round, by batch size."""
     from vllm import SamplingParams
 
     found: dict[str, list[float]] = {}
-    for batch in options.batch:
+    for batch in args.batch:
         prompts = [{"prompt_token_ids": [*range(100 + n, 132 + n)]} for n in range(batch)]
-        ask = SamplingParams(temperature=0, max_tokens=options.tokens, ignore_eos=True)
+        ask = SamplingParams(temperature=0, max_tokens=args.tokens, ignore_eos=True)
         found[str(batch)] = []
-        for number in range(options.rounds + 1):
+        for number in range(args.rounds + 1):
             began = time.perf_counter()
             llm.generate(prompts, ask, use_tqdm=False, lora_request=adapter)
             if number:  # the first one warms up
-                rate = batch * options.tokens / (time.perf_counter() - began)
+                rate = batch * args.tokens / (time.perf_counter() - began)
                 found[str(batch)].append(rate)
     return found
 
 
-def report(found: dict[str, Any], options: argparse.Namespace) -> None:
+def report(found: dict[str, Any], args: argparse.Namespace) -> int:
     rows, checks = [], []
-    for batch in map(str, options.batch):
-        plain = statistics.median(found["without patcher"][batch])
-        ratio = {part: statistics.median(of[batch]) / plain for part, of in found.items()}
+    drawn: dict[str, dict[int, Spread]] = {part: {} for part in found}
+    for batch in args.batch:
+        plain = statistics.median(found["without patcher"][str(batch)])
         for part, of in found.items():
-            low, high = min(of[batch]) / plain, max(of[batch]) / plain
-            rows.append((batch, part, statistics.median(of[batch]), ratio[part], low, high))
-        value = ratio["overlaid, patched"] / ratio["LoRA"]
-        checks.append({"name": f"overlay against LoRA, batch {batch}", "value": value, "bar": 1.0})
-    for check in checks:
-        check["ok"] = check["value"] >= check["bar"]
-    if options.json:
-        print(json.dumps({"rates": found, "rank": options.rank, "checks": checks}, indent=1))
-        return
-    print(f"rank {options.rank}, {'compiled' if options.compiled else 'eager'}")
-    print(f"{'batch':>5}  {'part':<18} {'tokens/s':>9} {'ratio':>6}  least to most")
-    for batch, part, rate, one, low, high in rows:
-        print(f"{batch:>5}  {part:<18} {rate:>9.1f} {one:>6.2f}  {low:.2f} to {high:.2f}")
-    for check in checks:
-        holds = "holds" if check["ok"] else "FAILS"
-        print(f"{holds}  {check['name']}: {check['value']:.2f} (at least {check['bar']})")
+            ratio = Spread.of(rate / plain for rate in of[str(batch)])
+            drawn[part][batch] = ratio
+            rows.append(
+                {
+                    "batch": batch,
+                    "part": part,
+                    "tokens/s": statistics.median(of[str(batch)]),
+                    "ratio": ratio.median,
+                    "least": ratio.low,
+                    "most": ratio.high,
+                }
+            )
+        value = drawn["overlaid, patched"][batch].median / drawn["LoRA"][batch].median
+        checks.append(at_least(f"overlay against vLLM's LoRA path, batch {batch}", value, 1.0))
+    lines = [line(part, points) for part, points in drawn.items() if part != "without patcher"]
+    plot = Plot("batch", "tokens/s against the model without patcher", lines, 1.0)
+    question = "What does an overlay cost, where a quantised weight can't be folded?"
+    notes = [
+        f"rank {args.rank} on every layer, {'compiled' if args.compiled else 'eager'}; engines run"
+        " one after another, so these ratios are rougher than those within an engine"
+    ]
+    return finish(document(question, rows, checks, args, plot=plot, notes=notes), args)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
