@@ -29,24 +29,27 @@ def test_both_ways_seek_values_for_every_fact(
 ) -> None:
     monkeypatch.setattr(targets, "RATE", targets.RATE)  # seek changes it: back afterwards
     model = str(tiny.save(tmp_path / "tiny"))
-    batched = compute.seek(model, ROWS, True, True)
-    alone = compute.seek(model, ROWS, False, True)
+    batched = compute.seek(model, ROWS, True, [0])
+    alone = compute.seek(model, ROWS, False, [0])
     assert batched.facts == alone.facts == 2
     assert 0 < batched.steps <= targets.STEPS  # one batch
     assert alone.steps <= 2 * targets.STEPS
     assert targets.RATE == compute.PUBLISHED_RATE
+    true = compute.seek(model, ROWS, True, [1])
+    assert (true.ended, true.steps > 0) == (0, True)  # nothing was to end
 
 
 def lines(batched: float, zero: float, ended: int = 3) -> list[dict[str, Any]]:
     """The published way takes 100 seconds a fact; the others so many, at 10 facts and at 50."""
-    one = {"way": "published", "facts": 1, "seconds": 100.0, "seconds_a_fact": 100.0, "ended": 1}
+    one = {"way": "published", "facts": 1, "seconds": 25.0, "seconds_a_fact": 25.0, "ended": 3}
+    other = {**one, "ended": 0}
     more = [
         {"way": way, "facts": n, "seconds": each * n, "seconds_a_fact": each}
         for way, each in (("batched", batched), ("zero", zero))
         for n in (10, 50)
     ]
     same = {"way": "batched, the published's", "facts": 3, "ended": ended}
-    return [one, one, one, *more, same]
+    return [one, other, other, other, *more, same]
 
 
 def passed(speed: float) -> Passed:
@@ -66,7 +69,7 @@ def test_the_checks_hold_what_was_measured_against_the_bars() -> None:
 
 def test_a_rise_of_seconds_a_fact_is_more_than_linear() -> None:
     growing = lines(1.0, 1.0)
-    growing[4]["seconds"] = 75.0  # batched: 10 seconds at 10 facts, 75 at 50
+    growing[5]["seconds"] = 75.0  # batched: 10 seconds at 10 facts, 75 at 50
     growth = compute.checks(growing, [], False)[1]
     assert growth.value == pytest.approx(1.252, abs=1e-3)
     assert growth.ok is False
