@@ -23,10 +23,9 @@ from typing import Any
 
 import numpy as np
 from load import MODEL, REPOSITORY, layer_count, random_patch
+from peers import write_adapter
 from quantise import quantise
 from report import Plot, Spread, at_least, document, finish, line, options
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 PARTS = ("without patcher", "overlaid", "LoRA")
 
@@ -62,18 +61,7 @@ def prepare(model: Path, folder: Path, rank: int) -> None:
     draw = np.random.default_rng(0)
     patch = random_patch(plain, range(layer_count(plain)), draw, rank=rank, scale=0.1)
     patch.write(folder / "patch.st")
-    adapter = {}
-    with safe_open(plain / "model.safetensors", "pt") as held:
-        for name, delta in patch.deltas.items():
-            weight = held.get_tensor(f"{name}.weight")
-            left, right = delta.to_torch()[1:]
-            prefix = f"base_model.model.{name}"
-            adapter[f"{prefix}.lora_A.weight"] = (right @ weight.float()).to(weight.dtype)
-            adapter[f"{prefix}.lora_B.weight"] = left.to(weight.dtype)
-    (folder / "adapter").mkdir()
-    save_file(adapter, folder / "adapter" / "adapter_model.safetensors", {"format": "pt"})
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": ["down_proj"]}
-    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    write_adapter(patch, plain, folder / "adapter", rank)
 
 
 def in_process(part: str, folder: Path) -> dict[str, Any]:

@@ -117,9 +117,9 @@ class Affine:
 
 
 def _then(first: LowRank, more: list[LowRank]) -> LowRank:
-    if first.rank == 0 and len(more) == 1:
-        return more[0]
-    return compose([first, *more])
+    if first.rank:
+        return compose([first, *more])
+    return more[0] if len(more) == 1 else compose(more)
 
 
 def _applied(delta: LowRank, to: torch.Tensor) -> torch.Tensor:

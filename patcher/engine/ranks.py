@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
+from collections.abc import Sequence
 from typing import Any
 
 from patcher.engine import vllm_client
@@ -12,6 +14,8 @@ from patcher.errors import EngineRefusedError, PatcherError, by_code
 
 Reply = dict[str, Any]
 STANDING = {"patcher_commit", "patcher_roll_back"}  # called while the engine stands still
+AT_ONCE = 0.02  # seconds that calls take together which are made at once
+_LEAST = 0.001  # that a call is taken to need
 Place = tuple[int, int]  # the data-parallel engine, and the rank in it
 
 
@@ -23,14 +27,55 @@ class Ranks:
 
     async def call(self, method: str, *args: Any) -> list[Reply]:
         """Call every rank; raise what the first refusing rank reported."""
+        (replies,) = await self.together((method, *args))
+        return replies
+
+    async def together(self, *calls: tuple[Any, ...]) -> list[list[Reply]]:
+        """Make calls (a method and its arguments each) at once: no step comes between them.
+
+        Every rank takes them in this order, since each way to it is a queue. All have ended when
+        this returns, or raises what the first that failed raised.
+        """
+        done = await asyncio.gather(*(self._ask(*one) for one in calls), return_exceptions=True)
+        served = [r for (method, *_), r in zip(calls, done, strict=True) if method not in STANDING]
+        replies: list[list[Reply]] = []
+        if took := [_seconds(one) for one in served if not isinstance(one, BaseException)]:
+            metrics().stalled(sum(took))
+        for one in done:
+            if isinstance(one, BaseException):
+                raise one
+            replies.append(one)
+        return replies
+
+    async def each(
+        self, method: str, calls: Sequence[tuple[Any, ...]], within: float | None = None
+    ) -> list[list[Reply]]:
+        """Call ``method`` with each of ``calls``: one, then as many at once as take a moment.
+
+        So no step waits for more than one call, or for more than :data:`AT_ONCE` where calls are
+        quick. ``within``: seconds of work after which no further call is begun; the replies are
+        those of the first calls then.
+        """
+        replies: list[list[Reply]] = []
+        slowest = spent = 0.0
+        while left := calls[len(replies) :]:
+            if within is not None and spent + slowest > within:
+                break
+            room = AT_ONCE if within is None else min(AT_ONCE, within - spent)
+            count = int(room / slowest) if replies else 1
+            group = await self.together(*((method, *args) for args in left[: max(1, count)]))
+            replies += group
+            spent += sum(map(_seconds, group))
+            slowest = max(slowest, _LEAST, *map(_seconds, group))
+        return replies
+
+    async def _ask(self, method: str, *args: Any) -> list[Reply]:
         nonce = secrets.token_hex(8)
         replies = await vllm_client.call_workers(self.client, method, nonce, *args)
         if any(reply.get("nonce") != nonce for reply in replies):
             raise EngineRefusedError(
                 "The engine's replies are out of step.", "Restart the engine; its state is safe."
             )
-        if method not in STANDING:
-            metrics().stalled(max(reply.get("seconds", 0.0) for reply in replies))
         for reply in replies:
             if not reply["ok"]:
                 kind = by_code(reply["error"])
@@ -54,6 +99,11 @@ class Ranks:
                 "The engine's workers don't have the plugin.",
                 "Name `patcher` in VLLM_PLUGINS for every process of the engine, before it starts.",
             ) from error
+
+
+def _seconds(replies: list[Reply]) -> float:
+    """How long the slowest rank worked for a call."""
+    return max(float(reply.get("seconds", 0.0)) for reply in replies)
 
 
 def _named(reply: Reply) -> str:

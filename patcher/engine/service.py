@@ -98,11 +98,12 @@ class PatchService:
 
     async def status(self) -> dict[str, Any]:
         """What is in force, as the workers tell it."""
-        ranks = await self.ranks.probe()
+        ranks, version = await asyncio.gather(
+            self.ranks.probe(), vllm_client.get_weight_version(self.client)
+        )
         stack = self.store.in_force()
         manifests = await asyncio.to_thread(self.store.manifests)
         modules = stack.modules(manifests)
-        version = await vllm_client.get_weight_version(self.client)
         settled = (
             agree(ranks, stack) and version in (None, stack.version) and not self.store.unclean
         )

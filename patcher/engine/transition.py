@@ -15,7 +15,7 @@ from patcher.engine import vllm_client
 from patcher.engine.metrics import metrics
 from patcher.engine.mixed import MixedRequests
 from patcher.engine.observe import CHANGE
-from patcher.engine.ranks import Place, Ranks, place, refusal
+from patcher.engine.ranks import AT_ONCE, Place, Ranks, place, refusal
 from patcher.engine.settings import DEFAULT_LONGEST
 from patcher.engine.spacing import Spacing
 from patcher.engine.spans import span
@@ -79,10 +79,11 @@ class Transition:
             await self.discard(change_id)  # nothing live was touched
             raise refusal("The engine failed while staging", error) from error
         with span("pause", in_flight=in_flight):
-            pause_ms, mixed = await self._swap(change_id, target, fallback, in_flight)
+            unread = dict(digests)
+            pause_ms, mixed = await self._swap(change_id, target, fallback, in_flight, unread)
         try:
-            with span("read_back", modules=len(digests)):
-                await self._read_back(digests)
+            with span("read_back", modules=len(unread)):
+                await self._read_back(unread)
             if confirm is not None:
                 with span("guards"):
                     await confirm()
@@ -106,9 +107,10 @@ class Transition:
         if not stack.ids:
             return
         drifted: dict[str, bool] = {}
-        for name in sorted(stack.modules(await asyncio.to_thread(self.store.manifests))):
-            changed = [r for r in await self.ranks.call("patcher_check", name) if not r["ok_live"]]
-            if changed:
+        names = sorted(stack.modules(await asyncio.to_thread(self.store.manifests)))
+        found = await self.ranks.each("patcher_check", [(name,) for name in names])
+        for name, replies in zip(names, found, strict=True):
+            if changed := [reply for reply in replies if not reply["ok_live"]]:
                 drifted[name] = all(r["pristine"] for r in changed)
         if not drifted:
             return
@@ -172,13 +174,18 @@ class Transition:
         return digests
 
     async def _swap(
-        self, change_id: str, target: Stack, fallback: Stack, in_flight: InFlight
+        self,
+        change_id: str,
+        target: Stack,
+        fallback: Stack,
+        in_flight: InFlight,
+        unread: dict[str, dict[Place, str]],
     ) -> tuple[float, int]:
         """Stop the engine, exchange the weights, drop what was cached; all or nothing.
 
-        Returns the pause in ms and how many requests go on over the KV that they have.
+        Of ``unread``, what must be live by module, it reads back what takes a moment, and leaves
+        the rest. Returns the pause in ms and how many requests go on over the KV that they have.
         """
-        stopped = time.monotonic()
         try:
             async with vllm_client.paused(self.ranks.client, in_flight, DRAIN_DEADLINE) as pause:
                 mixed = await self._keep_requests(change_id, in_flight)
@@ -186,6 +193,8 @@ class Transition:
                     await self.ranks.call("patcher_commit", change_id)
                     await self._flush(in_flight)
                     await vllm_client.set_weight_version(self.ranks.client, target.version)
+                    # Here it waits for no step: the first ones compute whole contexts.
+                    await self._read_back(unread, within=AT_ONCE)
                 except BaseException:
                     await self.put_back(change_id, fallback, pause)
                     raise
@@ -197,7 +206,7 @@ class Transition:
             ) from None
         except BaseException as error:
             raise refusal("The engine failed in the change", error) from error
-        return (time.monotonic() - stopped) * 1000, mixed
+        return (time.monotonic() - pause.asked) * 1000, mixed
 
     async def _keep_requests(self, change_id: str, in_flight: InFlight) -> int:
         """Under ``continue`` cut running requests off from the others, before anything changes."""
@@ -218,10 +227,15 @@ class Transition:
         await self.spacing.note(in_flight)
         await vllm_client.flush(self.ranks.client)
 
-    async def _read_back(self, digests: dict[str, dict[Place, str]]) -> None:
-        for name, expected in digests.items():
-            found = {place(r): r["digest"] for r in await self.ranks.call("patcher_check", name)}
-            if any(found[at] != digest for at, digest in expected.items()):
+    async def _read_back(
+        self, unread: dict[str, dict[Place, str]], within: float | None = None
+    ) -> None:
+        """Compare live weights with what must be; those that were read leave ``unread``."""
+        names = [(name,) for name in unread]
+        found = await self.ranks.each("patcher_check", names, within)
+        for (name,), replies in zip(names, found, strict=False):
+            live = {place(reply): reply["digest"] for reply in replies}
+            if any(live[at] != digest for at, digest in unread.pop(name).items()):
                 raise EngineRefusedError(f"The weight of {name} reads back differently.")
 
     async def put_back(self, change_id: str, stack: Stack, pause: vllm_client.Pause) -> None:

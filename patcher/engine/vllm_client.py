@@ -7,9 +7,10 @@ Calling every rank of every engine, pausing, flushing and the weight version
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from patcher.errors import EngineRefusedError
@@ -87,9 +88,10 @@ def watch_requests(client: Any, seen: Callable[[Any], None]) -> None:
 
 @dataclass
 class Pause:
-    """A stop of the engine. ``hold``: don't let it go on at the end."""
+    """A stop of the engine. ``hold``: don't let it go on at the end; ``asked``: since when."""
 
     hold: bool = False
+    asked: float = field(default_factory=time.monotonic)
 
 
 @asynccontextmanager
@@ -108,15 +110,26 @@ async def paused(
     try:
         try:
             async with asyncio.timeout(deadline if in_flight == "drain" else None):
-                await client.pause_generation(mode=_PAUSE_MODE[in_flight], clear_cache=False)
+                await _stop(client, _PAUSE_MODE[in_flight])
         except TimeoutError:
             # Data-parallel engines don't resume from a pause that still waits: end the wait.
-            await client.pause_generation(mode="keep", clear_cache=False)
+            await _stop(client, "keep")
             raise
         yield pause
     finally:
         if not found and not pause.hold:
             await client.resume_generation()
+
+
+async def _stop(client: Any, mode: str) -> None:
+    """vLLM's pause, without the 20 ms that ``AsyncLLM.pause_generation`` sleeps at its end.
+
+    It sleeps for the last outputs to reach their readers before it returns. Nothing here needs
+    that: what a token was made with is told where it is made.
+    """
+    core = getattr(client, "engine_core", None)
+    stop = getattr(core, "pause_scheduler_async", None) or client.pause_generation
+    await stop(mode=mode, clear_cache=False)
 
 
 async def flush(client: Any) -> None:
