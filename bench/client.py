@@ -2,9 +2,10 @@
 
     python bench/client.py [--quick] [--json]
 
-Each a process of its own, in turn: ``python -c pass``, ``python -c "import click"``, then the
-commands that someone on call types. Seconds beyond bare Python are medians of rounds. Each
-command is also run once to see that it loads no torch, transformers or vLLM.
+Each a process of its own, in turn: ``python -c pass``, ``import click``, the three libraries that
+reading a patch needs, then commands that someone on call types; ``status`` asks a port where no
+engine is. Seconds beyond bare Python are medians of rounds. What looks and changes nothing, and
+the help of every command, is also run once to see that it loads no torch, transformers or vLLM.
 """
 
 from __future__ import annotations
@@ -13,24 +14,22 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from report import Plot, Spread, at_most, document, finish, interleaved, line, options
+from report import Check, Plot, Spread, at_most, document, finish, interleaved, line, options
 
+from patcher.cli.root import SECTIONS
 from patcher.patch import Base, Delta, Manifest, Method, ModuleBase, Patch, Requests
 
 BEYOND, HEAVY = 0.2, ("torch", "transformers", "vllm")
-LIGHT = (
-    ["--help"],
-    ["--version"],
-    ["apply", "--help"],
-    ["compute", "--help"],
-    ["status", "--help"],
-)
+BARE, LIBRARIES = "python -c pass", "import click, numpy, pydantic.main"
+HELD = ("patcher --help", "patcher inspect", "patcher inspect --json")  # against the bar
+NOWHERE = ["--engine", "http://127.0.0.1:9", "--token", "none"]  # the port that discards
 WATCHED = f"""
 import runpy, sys
 try:
@@ -38,7 +37,12 @@ try:
 finally:
     print([name for name in {HEAVY} if name in sys.modules], file=sys.stderr)
 """
-WHY = "the libraries that the command stands on (click, rich, pydantic, numpy) load in that time"
+WHY_HELP = "click, and each command's module for its line of help; a list of those would need none"
+WHY = (
+    "importing {libraries} alone takes {alone:.3f} s of it in this run; what is left is"
+    " patcher's own modules, the manifest's model (pydantic makes its validators at import) and"
+    " reading the file. Less needs a manifest that is checked without pydantic"
+)
 
 
 def main() -> int:
@@ -46,54 +50,107 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "patch.st"
         example().write(path)
-        inspect = ["inspect", str(path)]
-        python = [sys.executable]
-        ways: dict[str, Callable[[], Any]] = {
-            "python -c pass": partial(run, [*python, "-c", "pass"]),
-            "import click": partial(run, [*python, "-c", "import click"]),
-            "patcher --help": partial(run, [*python, "-m", "patcher", "--help"]),
-            "patcher inspect": partial(run, [*python, "-m", "patcher", *inspect]),
-            "patcher inspect --json": partial(run, [*python, "-m", "patcher", *inspect, "--json"]),
-        }
-        took = interleaved(ways, 5 if args.quick else 15)
-        loaded = {" ".join(words[:2]): heavy(words) for words in LIGHT}
-        loaded["inspect"] = heavy(inspect)
-    bare = took["python -c pass"]
+        ways = {name: partial(run, words) for name, words in timed(str(path)).items()}
+        took = interleaved(ways, 8 if args.quick else 20)
+        loaded = all_heavy(looking(str(path)))
+    bare = took[BARE]
     beyond = {
         way: Spread.of(one - other for one, other in zip(seconds, bare, strict=True))
         for way, seconds in took.items()
     }
-    rows = [
-        {
-            "command": way,
-            "seconds": Spread.of(seconds).median,
-            "least": min(seconds),
-            "most": max(seconds),
-            "beyond bare Python": beyond[way].median,
-        }
-        for way, seconds in took.items()
+    rows = [row(way, seconds, beyond[way]) for way, seconds in took.items()]
+    points: dict[int, Spread] = dict(enumerate(beyond.values()))
+    lines = [line("beyond bare Python", points)]
+    plot = Plot("", "seconds", lines, BEYOND, "", [way.replace(" ", "\n", 1) for way in took])
+    question = "How long until the command answers, and does it load what it doesn't need?"
+    asked = ", ".join(name for name in loaded if not name.endswith(" --help"))
+    notes = [f"Asked for what they load: {asked}, and every command's help"]
+    found = document(question, rows, checks(beyond, loaded), args, plot=plot, notes=notes)
+    return finish(found, args)
+
+
+def timed(path: str) -> dict[str, list[str]]:
+    """The ways that are compared, as Python's arguments."""
+    inspect = ["-m", "patcher", "inspect", path]
+    return {
+        BARE: ["-c", "pass"],
+        "import click": ["-c", "import click"],
+        LIBRARIES: ["-c", LIBRARIES],
+        "patcher --help": ["-m", "patcher", "--help"],
+        "patcher inspect": inspect,
+        "patcher inspect --json": [*inspect, "--json"],
+        "patcher status": ["-m", "patcher", "status", *NOWHERE],
+    }
+
+
+def looking(path: str) -> list[list[str]]:
+    """Commands that change nothing, as far as they come without an engine."""
+    helps = [[name, "--help"] for section in SECTIONS.values() for name in section]
+    asking = [[name, *NOWHERE] for name in ("status", "verify", "log")]
+    reading = [["inspect", path], ["diff", path, path], ["verify-file", path]]
+    return [
+        ["--help"],
+        ["--version"],
+        *helps,
+        *reading,
+        *asking,
+        ["plan", path, *NOWHERE],
+        ["methods"],
+        ["completion", "bash"],
+        ["doctor"],
     ]
-    checks = [
-        at_most(f"{way}: seconds over bare Python", beyond[way].median, BEYOND, WHY)
-        for way in took
-        if way.startswith("patcher")
+
+
+def row(way: str, seconds: Sequence[float], beyond: Spread) -> dict[str, Any]:
+    spread = Spread.of(seconds)
+    return {
+        "command": way,
+        "seconds": spread.median,
+        "least": spread.low,
+        "most": spread.high,
+        "beyond bare Python": beyond.median,
+    }
+
+
+def checks(beyond: Mapping[str, Spread], loaded: Mapping[str, Sequence[str]]) -> list[Check]:
+    """What is held against the bars. ``loaded``: of what is heavy, by command."""
+    needs = LIBRARIES.removeprefix("import ")
+    why = WHY.format(libraries=needs, alone=beyond[LIBRARIES].median)
+    held = [
+        at_most(
+            f"{way}: seconds over bare Python",
+            beyond[way].median,
+            BEYOND,
+            why if "inspect" in way else WHY_HELP,
+        )
+        for way in HELD
     ]
+    guilty = [name for name, found in loaded.items() if found]
     told = f"commands that load {', '.join(HEAVY)} without need, of {len(loaded)}"
-    checks.append(at_most(told, sum(map(bool, loaded.values())), 0))
-    points: dict[float, Spread] = dict(enumerate(beyond.values()))
-    plot = Plot("; ".join(took), "seconds over bare Python", [line("start", points)], BEYOND, "")
-    question = "How long until the command answers?"
-    notes = [f"asked for what they load: {', '.join(loaded)}"]
-    return finish(document(question, rows, checks, args, plot=plot, notes=notes), args)
+    return [
+        *held,
+        at_most(told, len(guilty), 0, f"{', '.join(guilty)}: import it where it is used"),
+    ]
 
 
 def run(words: list[str]) -> None:
-    subprocess.run(words, check=True, capture_output=True, env=environment())
+    subprocess.run([sys.executable, *words], capture_output=True, env=environment())
 
 
 def environment() -> dict[str, str]:
     root = str(Path(__file__).resolve().parents[1])
     return {**os.environ, "PYTHONPATH": root, "NO_COLOR": "1"}
+
+
+def all_heavy(commands: Sequence[list[str]]) -> dict[str, list[str]]:
+    """By command, what it has loaded of what it has no need for."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = pool.map(heavy, commands)
+        return {name_of(words): loads for words, loads in zip(commands, found, strict=True)}
+
+
+def name_of(words: Sequence[str]) -> str:
+    return " ".join(words if words[-1] == "--help" else words[:1])
 
 
 def heavy(words: list[str]) -> list[str]:

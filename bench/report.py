@@ -83,13 +83,17 @@ def line(name: str, points: Mapping[int, Spread] | Mapping[float, Spread]) -> Li
 
 
 class Plot(NamedTuple):
-    """What is drawn: ``log``: the axes (of "x", "y", "xy", "") that are logarithmic, base 2."""
+    """What is drawn: ``log``: the axes (of "x", "y", "xy", "") that are logarithmic, base 2.
+
+    ``ticks``: names of the x 0, 1, 2 …, where these are no numbers.
+    """
 
     x: str
     y: str
     lines: Sequence[Line]
     bar: float | None = None
     log: str = "x"
+    ticks: Sequence[str] = ()
 
 
 def options(doc: str | None) -> argparse.ArgumentParser:

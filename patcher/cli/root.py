@@ -88,6 +88,8 @@ class Root(click.Group):
         if args[0] not in _BUSY:
             # numpy's threads wait for each other: on a machine that serves, for half a second.
             os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+            # Looked for in every package that is installed, for models that need none.
+            os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
