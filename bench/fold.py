@@ -27,7 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from patcher.kernels import LowRank, fold
 
 BAR, SHARE = 1.5, 1 / 8
-SECONDS = 4.0  # of measuring, for each size and rank
+LARGE = 1e8  # values, from which on a rank takes half a minute
+SECONDS = 3.0  # of measuring, for each size and rank
 WHY_TIME = (
     "each product is cut into pieces whose operands fit the memory that is allowed, and float64"
     " products of such a shape run below the speed of whole ones"
@@ -104,7 +105,8 @@ def measure(d_out: int, d_in: int, args: Any) -> list[dict[str, Any]]:
     wide, out = base.double(), torch.empty_like(base)
     result = torch.empty_like(wide)
     rows = []
-    ranks = (4, 64, d_out // 2) if args.quick else (4, 16, 64, 256, d_out // 2)
+    few = args.quick or d_out * d_in > LARGE
+    ranks = (4, 64, d_out // 2) if few else (4, 16, 64, 256, d_out // 2)
     fold(base, [delta(d_out, 4, device)], out=out)
     for rank in ranks:
         one = delta(d_out, rank, device)

@@ -6,7 +6,7 @@ all layers. Each has a copy of its state folder as it was, and is killed once it
 Shown are seconds, and CPU seconds of all the server's processes until then, which other work on
 the machine moves less; ratios are within a round.
 
-    python bench/start.py [--patches 64] [--seconds 240] [--quick] [--json]
+    python bench/start.py [--patches 64] [--seconds 150] [--quick] [--json]
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def main() -> int:
     parser = options(__doc__)
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--patches", type=int, nargs="+", default=[0, 64])
-    parser.add_argument("--seconds", type=float, default=240.0, help="for all starts")
+    parser.add_argument("--seconds", type=float, default=150.0, help="for all starts")
     args = parser.parse_args()
     least = 1 if args.quick else ROUNDS
     seconds = 0.0 if args.quick else args.seconds
