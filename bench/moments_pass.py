@@ -17,6 +17,7 @@ from patcher.unlearn.statistics import add_products, moments
 
 SHARE = 0.8  # of the bare forward pass's speed, the bar
 WINDOW = 256  # tokens read together, as `patcher compute` reads
+BATCH = 512  # tokens of the larger models' products
 #: Of the larger models: what queries, keys and values put out together, and layers.
 ATTENTION = {
     "Llama-3.2-3B": (3072, 1024, 28),
@@ -75,7 +76,7 @@ def model_pass(folder: str, device: str, quick: bool) -> list[Passed]:
 
 @torch.no_grad()
 def larger(device: str) -> list[Passed]:
-    """Products of matrices alone, of one layer of larger models: random tensors, one window.
+    """Products of matrices alone, of one layer of larger models: random tensors, one batch.
 
     The share of layers that give statistics is that of a real pass: the last ``COUNT`` of those
     up to the last edited one.
@@ -87,7 +88,7 @@ def _products(name: str, device: str) -> Passed:
     (d, wide), (queries, values, layers) = SIZES[name], ATTENTION[name]
     make = partial(torch.full, fill_value=0.01, device=device)
     shapes = [(d, queries), (d, 2 * values), (queries, d), (d, 2 * wide), (wide, d)]
-    inputs = {rows: make((WINDOW, rows)) for rows in (d, queries, wide)}
+    inputs = {rows: make((BATCH, rows)) for rows in (d, queries, wide)}
     matrices = [make(shape) for shape in shapes]
     total = torch.zeros(wide, wide, device=device)
 
@@ -97,16 +98,23 @@ def _products(name: str, device: str) -> Passed:
 
     seconds = interleaved(
         {"layer": layer, "products": lambda: add_products(total, inputs[wide])},
-        3,
+        2,
         settle=torch.cuda.synchronize if device == "cuda" else None,
     )
-    run = by_depth(layers)[-1] + 1  # layers that a pass runs
+    numbers = sum(matrix.numel() for matrix in matrices)
+    # Layers that a pass runs: it ends before the last one's down projection.
+    run = by_depth(layers)[-1] + 1 - d * wide / numbers
     bare = [run * one for one in seconds["layer"]]
     whole = [a + COUNT * b for a, b in zip(bare, seconds["products"], strict=True)]
-    return Passed(
-        name, WINDOW, Spread.of(bare), Spread.of(whole), ratios(bare, whole), _why(d, wide, run)
+    why = _why(run * numbers, COUNT * wide**2)
+    return Passed(name, BATCH, Spread.of(bare), Spread.of(whole), ratios(bare, whole), why)
+
+
+def _why(weights: float, products: int) -> str:
+    """Of so many weights that a token passes, and numbers of the moments that it adds to."""
+    limit = weights / (weights + products / 2)
+    return (
+        f"half of K Kᵀ, which is symmetric, is {1 - limit:.0%} of the pass's multiplications:"
+        f" {limit:.2f} is the most. Beyond it a method would have to do with the moment of W k,"
+        " [d_out, d_out]"
     )
-
-
-def _why(d: int, wide: int, run: int) -> str:
-    return ""
