@@ -3,8 +3,9 @@
 Three servers, one after another in every round, the order moved on by one: vLLM's own without the
 plugin; `patcher serve` with an empty state folder; the same with 64 random patches to restore, on
 all layers. Each has a copy of its state folder as it was, and is killed once it has answered.
-Shown are seconds, and CPU seconds of all the server's processes until then, which other work on
-the machine moves less; ratios are within a round.
+Shown are seconds; CPU seconds of all the server's processes until then, which other work on the
+machine moves less; and, as the server's log tells it, how many of the seconds went into opening
+the state folder and restoring. Ratios are within a round.
 
     python bench/start.py [--patches 64] [--seconds 258] [--quick] [--json]
 """
