@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,7 @@ class PatcherEndpoint:
 
         Whatever fails is raised: vLLM then ends without having served a request.
         """
+        began = time.monotonic()
         import vllm
 
         from patcher.engine import stamp, vllm_client
@@ -88,6 +90,11 @@ class PatcherEndpoint:
         await expire(service)  # what ran out while nothing served
         vllm_client.watch_requests(engine_client, stamp.seen)
         state.patcher = PluginState(store, service, mixed=service.transition.mixed)
+        logger.info(
+            "patcher: ready after %.2f s, %d patches in force",
+            time.monotonic() - began,
+            len(store.in_force().ids),
+        )
         self._watch = asyncio.create_task(watch(service))  # as long as the server
 
 
