@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -285,6 +286,7 @@ def drawn(found: list[Event]) -> Plot:
 
 def main() -> int:
     args = options(__doc__).parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers end, too
     contexts = {100: 1} if args.quick else ROUNDS
     found = measure(contexts)
     return finish(
