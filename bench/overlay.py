@@ -1,9 +1,10 @@
 """Tokens per second of a quantised model: as it is, with room for patches, patched, with a LoRA.
 
-The real model's linear layers are rounded to four bits in groups of 32. Four engines, each in a
-process of its own, one after another: without patcher; with overlays of the given rank, empty
-and then with a patch of that rank on every layer; with vLLM's LoRA path, whose adapter is the same
-delta (``B = L``, ``A = R W``). Median of some rounds, with the least and the most.
+The real model's linear layers are rounded to four bits in groups of 32. Three engines are alive
+at once and take turns of a few decoding steps (bench/engines.py): one without patcher; one with
+overlays of the given rank, empty and then with a patch of that rank on every layer; one with vLLM's
+LoRA path, without and then with an adapter that is the same delta (``B = L``, ``A = R W``). Ratios
+are a round's, shown as the median with the least and the most.
 
     python bench/overlay.py [--rank 64] [--batch 1 8] [--compiled] [--quick] [--json]
 """
@@ -11,23 +12,31 @@ delta (``B = L``, ``A = R W``). Median of some rounds, with the least and the mo
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from load import MODEL, REPOSITORY, layer_count, random_patch
+from engines import Engine, alive
+from load import MODEL, layer_count, random_patch
 from peers import write_adapter
 from quantise import quantise
-from report import Plot, Spread, at_least, document, finish, line, options
+from report import Check, Plot, Spread, at_least, document, finish, line, options, ratios
 
-PARTS = ("without patcher", "overlaid", "LoRA")
+PLAIN, OVERLAID, LORA = "without patcher", "overlaid", "LoRA"
+STEPS = 3  # counted of each turn; the one before them finds the caches another engine's
+STATES = ("empty", "patched")  # without a patch and an adapter, then with the same delta as either
+WHY = (
+    "both read the factors of the same rank at every step; a patch's are two small products beside"
+    " the quantised one in one compiled layer, so a miss is in how that layer multiplies"
+)
+Seconds = dict[str, list[float]]  # the mean step of each round, by engine
+Found = dict[tuple[str, int], Seconds]  # by state and batch
 
 
 def main() -> int:
@@ -35,23 +44,27 @@ def main() -> int:
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--tokens", type=int, default=128, help="of each answer")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each state and batch")
     parser.add_argument("--compiled", action="store_true", help="vLLM's default; starts slower")
-    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.quick:
-        args.tokens, args.rounds = 48, 3
-    if args.part:
-        print("found: " + json.dumps(measure(args)))
-        return 0
-    with tempfile.TemporaryDirectory() as folder:
-        prepare(args.model, Path(folder), args.rank)
-        found: dict[str, Any] = {}
-        for part in PARTS:
-            found |= in_process(part, Path(folder))
-    return report(found, args)
+        args.seconds = 8.0
+    os.environ["PATCHER_OVERLAY_RANK"] = str(args.rank)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        prepare(args.model, folder, args.rank)
+        with alive(wanted(folder, args), folder) as engines:
+            found = measure(engines, folder, args)
+    rows, drawn = compared(found)
+    lines = [line(part, points) for part, points in drawn.items()]
+    plot = Plot("batch", "tokens/s against the model without patcher", lines, 1.0)
+    question = "What does an overlay cost, where a quantised weight can't be folded?"
+    notes = [
+        f"rank {args.rank} on every layer, {'compiled' if args.compiled else 'eager'};"
+        " decoding steps alone, no prefill"
+    ]
+    told = document(question, rows, checks(found), args, plot=plot, notes=notes)
+    return finish(told, args)
 
 
 def prepare(model: Path, folder: Path, rank: int) -> None:
@@ -64,93 +77,84 @@ def prepare(model: Path, folder: Path, rank: int) -> None:
     write_adapter(patch, plain, folder / "adapter", rank)
 
 
-def in_process(part: str, folder: Path) -> dict[str, Any]:
-    settings = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-    if part == "overlaid":
-        settings["VLLM_PLUGINS"] = "patcher"
-    # A cache of its own: vLLM's key for compiled code doesn't know of the overlay.
-    settings["VLLM_CACHE_ROOT"] = str(folder / "compiled" / part.replace(" ", "-"))
-    words = [sys.executable, __file__, *sys.argv[1:], "--part", part, "--folder", str(folder)]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **settings}
-    done = subprocess.run(words, env=environment, capture_output=True, text=True)
-    said = [line for line in done.stdout.splitlines() if line.startswith("found: ")]
-    if done.returncode or not said:
-        raise SystemExit(f"{part}: {done.stderr[-3000:]}")
-    found: dict[str, Any] = json.loads(said[-1].removeprefix("found: "))
+def wanted(folder: Path, args: argparse.Namespace) -> dict[str, tuple[str, dict[str, Any]]]:
+    """The engines, each with its ``VLLM_PLUGINS`` and options."""
+    shared: dict[str, Any] = {
+        "model": str(folder / "quantised"),
+        "enforce_eager": not args.compiled,
+    }
+    if args.device == "cuda":
+        shared["gpu_memory_utilization"] = 0.25  # all three lie on one GPU
+    return {
+        PLAIN: ("", shared),
+        OVERLAID: ("patcher", {**shared, "patched": True}),
+        LORA: ("", {**shared, "enable_lora": True, "max_lora_rank": args.rank}),
+    }
+
+
+def measure(engines: Mapping[str, Engine], folder: Path, args: argparse.Namespace) -> Found:
+    """All engines in both states, at every batch."""
+    found: Found = {}
+    for state in STATES:
+        patched = state != "empty"
+        if patched:
+            engines[OVERLAID].do("apply", paths=[str(folder / "patch.st")])
+        for batch in args.batch:
+            for name, engine in engines.items():
+                adapter = str(folder / "adapter") if patched and name == LORA else None
+                engine.do("fill", batch=batch, adapter=adapter)
+            found[state, batch] = turns(engines, args.seconds)
     return found
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    os.environ["PATCHER_OVERLAY_RANK"] = str(args.rank)
-    from vllm import LLM
-    from vllm.lora.request import LoRARequest
-
-    lora = {"enable_lora": True, "max_lora_rank": args.rank} if args.part == "LoRA" else {}
-    llm = LLM(
-        str(args.folder / "quantised"),
-        enforce_eager=not args.compiled,
-        max_model_len=1024,
-        **lora,
-    )
-    if args.part == "LoRA":
-        adapter = LoRARequest("same", 1, str(args.folder / "adapter"))
-        return {"LoRA enabled": rates(llm, args), "LoRA": rates(llm, args, adapter)}
-    found = {"overlaid, empty" if args.part == "overlaid" else args.part: rates(llm, args)}
-    if args.part == "overlaid":
-        import patcher
-
-        with patcher.attach(llm) as engine:
-            engine.apply(args.folder / "patch.st")
-            found["overlaid, patched"] = rates(llm, args)
+def turns(engines: Mapping[str, Engine], seconds: float) -> Seconds:
+    """The mean step of each engine in each round; the order moves on with every round."""
+    found: Seconds = {name: [] for name in engines}
+    names, began = list(engines), time.monotonic()
+    while time.monotonic() < began + seconds or len(found[names[0]]) < 3:
+        at = len(found[names[0]]) % len(names)
+        for name in [*names[at:], *names[:at]]:
+            took = engines[name].do("steps", count=STEPS + 1)[1:]
+            found[name].append(statistics.mean(took))
     return found
 
 
-def rates(llm: Any, args: argparse.Namespace, adapter: Any = None) -> dict[str, list[float]]:
-    """Tokens per second of each round, by batch size."""
-    from vllm import SamplingParams
-
-    found: dict[str, list[float]] = {}
-    for batch in args.batch:
-        prompts = [{"prompt_token_ids": [*range(100 + n, 132 + n)]} for n in range(batch)]
-        ask = SamplingParams(temperature=0, max_tokens=args.tokens, ignore_eos=True)
-        found[str(batch)] = []
-        for number in range(args.rounds + 1):
-            began = time.perf_counter()
-            llm.generate(prompts, ask, use_tqdm=False, lora_request=adapter)
-            if number:  # the first one warms up
-                rate = batch * args.tokens / (time.perf_counter() - began)
-                found[str(batch)].append(rate)
-    return found
-
-
-def report(found: dict[str, Any], args: argparse.Namespace) -> int:
-    rows, checks = [], []
-    drawn: dict[str, dict[int, Spread]] = {part: {} for part in found}
-    for batch in args.batch:
-        plain = statistics.median(found["without patcher"][str(batch)])
-        for part, of in found.items():
-            ratio = Spread.of(rate / plain for rate in of[str(batch)])
-            drawn[part][batch] = ratio
+def compared(found: Found) -> tuple[list[dict[str, Any]], dict[str, dict[int, Spread]]]:
+    """The table, and what is drawn: by engine and state the ratio at each batch."""
+    rows: list[dict[str, Any]] = []
+    drawn: dict[str, dict[int, Spread]] = {}
+    for (state, batch), took in found.items():
+        for engine, seconds in took.items():
+            part = engine if engine == PLAIN else f"{engine}, {state}"
+            ratio = ratios(took[PLAIN], seconds)
+            if engine != PLAIN:
+                drawn.setdefault(part, {})[batch] = ratio
             rows.append(
                 {
                     "batch": batch,
-                    "part": part,
-                    "tokens/s": statistics.median(of[str(batch)]),
+                    "engine": part,
+                    "tokens/s": batch / statistics.median(seconds),
                     "ratio": ratio.median,
                     "least": ratio.low,
                     "most": ratio.high,
+                    "rounds": len(seconds),
                 }
             )
-        value = drawn["overlaid, patched"][batch].median / drawn["LoRA"][batch].median
-        checks.append(at_least(f"overlay against vLLM's LoRA path, batch {batch}", value, 1.0))
-    lines = [line(part, points) for part, points in drawn.items() if part != "without patcher"]
-    plot = Plot("batch", "tokens/s against the model without patcher", lines, 1.0)
-    question = "What does an overlay cost, where a quantised weight can't be folded?"
-    notes = [
-        f"rank {args.rank} on every layer, {'compiled' if args.compiled else 'eager'}; engines run"
-        " one after another, so these ratios are rougher than those within an engine"
+    return rows, drawn
+
+
+def checks(found: Found) -> list[Check]:
+    """Speed with the patch against that with the same delta as a LoRA, within each round."""
+    return [
+        at_least(
+            f"overlay against vLLM's LoRA path, batch {batch}",
+            ratios(took[LORA], took[OVERLAID]).median,
+            1.0,
+            WHY,
+        )
+        for (state, batch), took in found.items()
+        if state == STATES[1]
     ]
-    return finish(document(question, rows, checks, args, plot=plot, notes=notes), args)
 
 
 if __name__ == "__main__":
