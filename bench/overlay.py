@@ -32,8 +32,8 @@ PLAIN, OVERLAID, LORA = "without patcher", "overlaid", "LoRA"
 STEPS = 3  # counted of each turn; the one before them finds the caches another engine's
 STATES = ("empty", "patched")  # without a patch and an adapter, then with the same delta as either
 WHY = (
-    "both read the factors of the same rank at every step; a patch's are two small products beside"
-    " the quantised one in one compiled layer, so a miss is in how that layer multiplies"
+    "not profiled: either way reads the same factors once a step, so what differs is how the two"
+    " small products are called; time one layer of each to see"
 )
 Seconds = dict[str, list[float]]  # the mean step of each round, by engine
 Found = dict[tuple[str, int], Seconds]  # by state and batch
