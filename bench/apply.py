@@ -269,7 +269,19 @@ def checks(found: list[Event], contexts: Mapping[int, int]) -> list[Check]:
     return made
 
 
-WHY_CALL = WHY_STOP = WHY_GAP = WHY_CONTINUE = ""
+WHY_CALL = (
+    "Each of the five modules is staged in a call of its own between two steps, so under load each"
+    " waits for a step; reading a pack of oneDNN's back, which happens twice, takes 8 ms"
+    " (bench/verify.py). vLLM reads this small model's 270 MB out of the page cache in a third of a"
+    " second, standing still meanwhile. The call grows with the modules that are patched, a"
+    " reload with the model: a pack that can be read without multiplying would bring it down here."
+)
+WHY_STOP = "The stop waits for the step under way, and for the calls that commit and read back."
+WHY_GAP = "The engine recomputes what it had; what is beyond that is the stop."
+WHY_CONTINUE = (
+    "A stop waits for the step under way; then come the exchange, the quick check and the next step,"
+    " and the shorter the step, the more of it these are. The measure resolves about a tenth."
+)
 NOTES = ()
 
 
