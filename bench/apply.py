@@ -279,8 +279,8 @@ WHY_CALL = (
 WHY_STOP = "The stop waits for the step under way, and for the calls that commit and read back."
 WHY_GAP = "The engine recomputes what it had; what is beyond that is the stop."
 WHY_CONTINUE = (
-    "A stop waits for the step under way; then come the exchange, the quick check and the next step,"
-    " and the shorter the step, the more of it these are. The measure resolves about a tenth."
+    "A stop waits for the step under way; then come the exchange, the quick check and the next"
+    " step, and the shorter the step, the more of it these are. The measure resolves about a tenth."
 )
 NOTES = ()
 
