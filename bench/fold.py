@@ -30,8 +30,9 @@ BAR, SHARE = 1.5, 1 / 8
 LARGE = 1e8  # values, from which on a rank takes half a minute
 SECONDS = 3.0  # of measuring, for each size and rank
 WHY_TIME = (
-    "each product is cut into pieces whose operands fit the memory that is allowed, and float64"
-    " products of such a shape run below the speed of whole ones"
+    "at high ranks the products are cut into pieces that fit the memory that is allowed, and run"
+    " below the speed of whole ones; at low ranks a fold reads the weight twice and converts it"
+    " each time, which the products, whose operands are in float64 already, don't (not profiled)"
 )
 WHY_MEMORY = (
     "the weight is so small that an eighth of it holds no tile and factors that are worth a call:"
