@@ -5,8 +5,9 @@ Eight streams of the real model over contexts of 100, 500 and 2,000 tokens; a pa
 five layers. One after another in every round on the same server: `patcher apply` (the command
 itself, under `recompute`), the client's call (under `continue`), a bare reset of vLLM's prefix
 cache (what recomputing those contexts costs), vLLM's update of the same tensors in place, vLLM's
-reload of the checkpoint. vLLM's LoRA load is on a server of its own, without patcher. The starts
-of both servers are what a restart takes.
+reload of the checkpoint. What takes a minute on two cores is left out: vLLM's ways at 2,000 tokens
+(the prefill stands for the reset there), the update and LoRA's load at 500. vLLM's LoRA load is on
+a server of its own, without patcher. The starts of both servers are what a restart takes.
 
     python bench/apply.py [--quick] [--json]
 """
@@ -21,14 +22,28 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from changes import (
+    APPLY,
+    CALL,
+    LORA,
+    NOTES,
+    PREFILL,
+    RELOAD,
+    RESET,
+    RESTART,
+    UPDATE,
+    Event,
+    checks,
+    drawn,
+    rows,
+)
 from load import MODEL, REPOSITORY, Server, random_patch, serving
 from peers import Vllm, write_adapter, write_tensors
-from report import Check, Plot, Spread, at_most, document, finish, line, options
+from report import document, finish, options
 from streams import Streams, random_prompts
 
 from patcher.client import Engine
@@ -36,28 +51,8 @@ from patcher.client import Engine
 STREAMS, LAYERS, RANK = 8, range(3, 8), 10
 ROUNDS = {100: 2, 500: 1, 2000: 1}
 IDLE_ROUNDS = 3
-QUIET, SETTLE = 20, 17  # tokens of each stream before a change, and after it
-LONGEST_WITH_PEERS = 500  # tokens: beyond, each way of vLLM's takes a minute on two cores
-APPLY, CALL, RESET, PREFILL = "patcher apply", "patcher, continue", "bare reset", "prefill"
-UPDATE, RELOAD, LORA = "vLLM update in place", "vLLM reload", "vLLM LoRA load"
-RESTART = "restart"
-
-
-@dataclass
-class Event:
-    """What one way did in one round, in seconds. ``tokens``: of all contexts at the gap."""
-
-    context: int
-    way: str
-    seconds: float
-    gap: float = 0.0
-    step: float = 0.0
-    tokens: int = 1
-    told: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def gap_per_token(self) -> float:
-        return self.gap / self.tokens
+QUIET, SETTLE = 12, 17  # tokens of each stream before a change, and after it
+SHORT, MIDDLE = 100, 500  # tokens: up to the one all peers, up to the other those of the bars
 
 
 class Scene:
@@ -77,10 +72,11 @@ class Scene:
             raise SystemExit(done.stderr)
         return _milliseconds(json.loads(done.stdout))
 
-    def call(self, in_flight: Any = "continue") -> dict[str, float]:
-        """The same by the client, in this process."""
-        patch = self.folder / "patch.st"
-        return _milliseconds(dict(self.engine.apply(patch, in_flight=in_flight)))
+    def call(self) -> dict[str, float]:
+        """The same by the client, in this process, under ``continue``."""
+        return _milliseconds(
+            dict(self.engine.apply(self.folder / "patch.st", in_flight="continue"))
+        )
 
     def back(self) -> None:
         self.engine.revert(all=True, in_flight="continue")
@@ -117,7 +113,7 @@ def idle(scene: Scene, rounds: int) -> list[Event]:
     for number in range(rounds + 1):
         for name, way, back in (
             (APPLY, scene.command, scene.back),
-            (CALL, lambda: scene.call("recompute"), scene.back),
+            (CALL, scene.call, scene.back),
             (UPDATE, scene.update, None),
             (RELOAD, scene.reload, None),
         ):
@@ -137,9 +133,12 @@ def under_load(scene: Scene, context: int, number: int) -> list[Event]:
     ]
     if number % 2:
         ways.reverse()  # contexts grow, so nobody is always the first
-    if context <= LONGEST_WITH_PEERS:
+    if context <= MIDDLE:
         ways.insert(number % 2, (RESET, scene.vllm.reset))
-        ways += [(UPDATE, scene.update), (RELOAD, scene.reload)]
+    if context <= SHORT and number == 0:
+        ways.append((UPDATE, scene.update))
+    if context <= MIDDLE and number == 0:
+        ways.append((RELOAD, scene.reload))  # and so the base is back after the update
     prompts = random_prompts(STREAMS, context, seed=1000 * context + number)
     with Streams(scene.url, prompts, tokens=1500) as streams:
         streams.advance(1)
@@ -185,7 +184,7 @@ def lora(folder: Path, contexts: Mapping[int, int], found: list[Event]) -> None:
             if number:
                 found.append(Event(0, LORA, seconds, told=told))
         for context, rounds in contexts.items():
-            if context > LONGEST_WITH_PEERS:
+            if context > SHORT:
                 continue
             prompts = random_prompts(STREAMS, context, seed=context)
             with Streams(server.url, prompts, tokens=1500) as streams:
@@ -221,79 +220,6 @@ def measure(contexts: Mapping[int, int]) -> list[Event]:
                     found += under_load(scene, context, number)
         lora(folder, contexts, found)
     return found
-
-
-def rows(found: list[Event]) -> list[dict[str, Any]]:
-    keys = dict.fromkeys((event.context, event.way) for event in found)
-    table = []
-    for context, way in sorted(keys, key=lambda key: key[0]):
-        events = [e for e in found if (e.context, e.way) == (context, way)]
-        seconds = Spread.of(e.seconds for e in events)
-        row: dict[str, Any] = {"context": context or "idle", "way": way, "rounds": len(events)}
-        row |= {"seconds": seconds.median, "least": seconds.low, "most": seconds.high}
-        for part in sorted({name for e in events for name in e.told}):
-            row[f"{part} ms"] = Spread.of(e.told[part] for e in events).median
-        if context:
-            row["gap s"] = Spread.of(e.gap for e in events).median
-            row["step ms"] = 1000 * Spread.of(e.step for e in events).median
-            row["tokens"] = Spread.of(e.tokens for e in events).median
-        table.append(row)
-    return table
-
-
-def checks(found: list[Event], contexts: Mapping[int, int]) -> list[Check]:
-    def of(context: int, way: str) -> list[Event]:
-        return [e for e in found if (e.context, e.way) == (context, way)]
-
-    def median(context: int, way: str) -> float:
-        return Spread.of(e.seconds for e in of(context, way)).median
-
-    flush = Spread.of(e.told["flush"] for e in found if "flush" in e.told).median
-    made = [at_most("call / reload, idle", median(0, CALL) / median(0, RELOAD), 0.1, WHY_CALL)]
-    for context in contexts:
-        under = f"{context} tokens, 8 streams"
-        if of(context, RELOAD):
-            ratio = median(context, CALL) / median(context, RELOAD)
-            made.append(at_most(f"call / reload, {under}", ratio, 0.1, WHY_CALL))
-        for way in (APPLY, CALL):
-            step = 1000 * Spread.of(e.step for e in of(context, way)).median
-            stop = Spread.of(e.told["stop"] for e in of(context, way)).median
-            bar = round(2 * step + flush, 1)
-            made.append(at_most(f"stop of {way}, ms, {under}", stop, bar, WHY_STOP))
-        peer = RESET if of(context, RESET) else PREFILL
-        costs = [Spread.of(e.gap_per_token for e in of(context, w)).median for w in (APPLY, peer)]
-        name = f"gap a token of context / that of the {peer}, {under}"
-        made.append(at_most(name, costs[0] / costs[1], 1.2, WHY_GAP))
-        steps = Spread.of(e.gap / e.step for e in of(context, CALL)).median
-        made.append(at_most(f"gap in decode steps, continue, {under}", steps, 2.0, WHY_CONTINUE))
-    return made
-
-
-WHY_CALL = (
-    "Each of the five modules is staged in a call of its own between two steps, so under load each"
-    " waits for a step; reading a pack of oneDNN's back, which happens twice, takes 8 ms"
-    " (bench/verify.py). vLLM reads this small model's 270 MB out of the page cache in a third of a"
-    " second, standing still meanwhile. The call grows with the modules that are patched, a"
-    " reload with the model: a pack that can be read without multiplying would bring it down here."
-)
-WHY_STOP = "The stop waits for the step under way, and for the calls that commit and read back."
-WHY_GAP = "The engine recomputes what it had; what is beyond that is the stop."
-WHY_CONTINUE = (
-    "A stop waits for the step under way; then come the exchange, the quick check and the next"
-    " step, and the shorter the step, the more of it these are. The measure resolves about a tenth."
-)
-NOTES = ()
-
-
-def drawn(found: list[Event]) -> Plot:
-    lines = []
-    for way in (APPLY, RESET, PREFILL, CALL, UPDATE, RELOAD, LORA):
-        points: dict[float, list[float]] = {}
-        for event in found:
-            if event.context and event.way == way:
-                points.setdefault(event.context, []).append(event.gap)
-        lines.append(line(way, {x: Spread.of(gaps) for x, gaps in points.items()}))
-    return Plot("tokens of each context", "longest gap in a stream, s", lines, log="xy")
 
 
 def main() -> int:
