@@ -15,6 +15,7 @@ from tests.unlearn import tiny
 sys.path.insert(0, str(REPOSITORY / "bench"))
 import compute
 import moments_pass
+import seeking
 from moments_pass import Passed
 from report import Check, Spread
 
@@ -29,14 +30,26 @@ def test_both_ways_seek_values_for_every_fact(
 ) -> None:
     monkeypatch.setattr(targets, "RATE", targets.RATE)  # seek changes it: back afterwards
     model = str(tiny.save(tmp_path / "tiny"))
-    batched = compute.seek(model, ROWS, True, [0])
-    alone = compute.seek(model, ROWS, False, [0])
+    batched = seeking.seek(model, ROWS, True, [0])
+    alone = seeking.seek(model, ROWS, False, [0])
     assert batched.facts == alone.facts == 2
     assert 0 < batched.steps <= targets.STEPS  # one batch
     assert alone.steps <= 2 * targets.STEPS
-    assert targets.RATE == compute.PUBLISHED_RATE
-    true = compute.seek(model, ROWS, True, [1])
+    assert targets.RATE == seeking.PUBLISHED_RATE
+    true = seeking.seek(model, ROWS, True, [1])
     assert (true.ended, true.steps > 0) == (0, True)  # nothing was to end
+
+
+def test_seconds_until_the_published_ways_quality() -> None:
+    """Two groups, each of which starts at second 1 of an optimisation that begins at 0."""
+    course = [(1.0, 8.0), (2.0, 5.0), (3.0, 4.0), (4.0, 0.0)]
+    later = [(6.0, 2.0), (7.0, 1.0), (9.0, 0.1)]
+    found = seeking.Sought(9.0, 7, 0, 50, {0: [course, later]})
+    assert found.until({0: 0.5}) == 9.0 - 1.0 - 2.0
+    assert found.until({0: 1.0}) == 9.0 - 3.0 - 3.0
+    assert found.until({0: 0.0}) == 9.0 - 0.0  # the last group never got there
+    assert seeking.Sought(9.0, 4, 0, 1, {2: [course[:3]]}).left(2) == 0.5
+    assert found.left(0) == 0.0  # all were met
 
 
 def lines(batched: float, zero: float, ended: int = 3) -> list[dict[str, Any]]:
@@ -45,7 +58,7 @@ def lines(batched: float, zero: float, ended: int = 3) -> list[dict[str, Any]]:
     other = {**one, "ended": 0}
     more = [
         {"way": way, "facts": n, "seconds": each * n, "seconds_a_fact": each}
-        for way, each in (("batched", batched), ("zero", zero))
+        for way, each in ((compute.EQUAL, batched), ("zero", zero))
         for n in (10, 50)
     ]
     same = {"way": "batched, the published's", "facts": 3, "ended": ended}

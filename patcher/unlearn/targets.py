@@ -15,8 +15,9 @@ the subject's last token, as nothing before these changes, and a fact that is me
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -44,10 +45,15 @@ HELD = 4096  # tokens of prompts whose keys and values are held at once
 
 @dataclass
 class Passes:
-    """What the search has cost: ``tokens``, summed over layers, run forward and back."""
+    """What the search has cost: ``tokens``, summed over layers, run forward and back.
+
+    ``courses``: of each group of facts that ran together, by step the time (of
+    :func:`time.monotonic`) and the nats by which the facts were missed in all.
+    """
 
     steps: int = 0
     tokens: int = 0
+    courses: list[list[tuple[float, float]]] = field(default_factory=list)
 
 
 class Row(NamedTuple):
@@ -244,6 +250,9 @@ def _descend(
     change = change.to(model.device).requires_grad_()
     adam = torch.optim.Adam([change], lr=RATE)
     active = [True] * len(size)
+    course: list[tuple[float, float]] = []
+    last = [0.0] * len(size)  # of each fact, what it was missed by when it last ran
+    passes.courses.append(course)
     for step in range(STEPS):
         lots = [lot for lot in (lot.only(active) for lot in lots) if lot.rows]
         missed, slope = torch.zeros_like(size), torch.zeros_like(change)
@@ -251,7 +260,10 @@ def _descend(
             slope += _slope(model, layer, lot, change, suppress, missed)
             passes.tokens += lot.tokens * (model.layers - (layer if lot.kept else 0))
         passes.steps += 1
-        active = [on and miss >= ENOUGH for on, miss in zip(active, missed.tolist(), strict=True)]
+        now = missed.tolist()
+        last = [new if on else old for on, new, old in zip(active, now, last, strict=True)]
+        course.append((time.monotonic(), sum(last)))
+        active = [on and miss >= ENOUGH for on, miss in zip(active, now, strict=True)]
         if step == STEPS - 1 or not any(active):
             break
         with torch.no_grad():
