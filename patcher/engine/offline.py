@@ -160,6 +160,7 @@ class _InProcess(httpx.BaseTransport):
         app.include_router(router())
         app.state.patcher = PluginState(service.store, service)
         self._app = httpx.ASGITransport(app)
+        self._service = service
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         """Answer ``request`` with the whole body read."""
@@ -169,6 +170,7 @@ class _InProcess(httpx.BaseTransport):
     async def _answer(self, request: httpx.Request) -> httpx.Response:
         answer = await self._app.handle_async_request(request)
         body = await answer.aread()
+        await self._service.transition.settle()  # the loop ends with this call
         return httpx.Response(answer.status_code, headers=answer.headers, content=body)
 
 

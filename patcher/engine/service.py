@@ -212,6 +212,7 @@ class PatchService:
             stack = self.store.in_force()
             await vllm_client.set_weight_version(self.client, stack.version)
             metrics().in_force(stack.ids)
+        await self.transition.settle()
 
     @observed
     async def change(

@@ -48,6 +48,7 @@ class Transition:
         self.store = store
         self.spacing = Spacing(ranks.client, spacing)
         self.mixed = MixedRequests(store.folder)
+        self._ending: set[asyncio.Task[None]] = set()
 
     async def run(
         self,
@@ -93,7 +94,7 @@ class Transition:
             async with vllm_client.paused(self.ranks.client, "recompute") as pause:
                 await self.put_back(change_id, fallback, pause)
             raise refusal("The new stack could not be confirmed", error) from error
-        await self.discard(change_id)
+        self._discard_later(change_id)
         return Swapped(pause_ms, mixed, spaced * 1000)
 
     async def heal(self, stack: Stack, by: Mapping[str, str] | None = None) -> None:
@@ -142,8 +143,7 @@ class Transition:
         """Prepare every module that changes; returns its digests by rank."""
         reading = asyncio.create_task(asyncio.to_thread(self.store.manifests))
         try:  # a start reads them all, while the ranks read the files
-            await self._send(target)
-            await self.ranks.call("patcher_begin", change_id, list(target.ids))
+            await self._begin(change_id, served, target)
         finally:
             manifests = await reading
         digests: dict[str, dict[Place, str]] = {}
@@ -151,16 +151,25 @@ class Transition:
             digests[name] = await self.stage_module(change_id, name)
         return digests
 
-    async def _send(self, target: Stack) -> None:
-        """Give the ranks the patches that they lack."""
-        ranks = await self.ranks.probe()
-        for patch_id in target.ids:
-            if any(patch_id not in rank["held"] for rank in ranks):
-                data = await asyncio.to_thread(self.store.patch_bytes, patch_id)
-                await self.ranks.call("patcher_receive", data)
+    async def _begin(self, change_id: str, served: list[Stack], target: Stack) -> None:
+        """Begin the change on every rank, with the patches that they lack: they hold what serves.
+
+        The last of those comes with the call that begins, so that one patch costs no step more.
+        """
+        held = set.intersection(*(set(stack.ids) for stack in served))
+        lacking = [patch_id for patch_id in target.ids if patch_id not in held]
+        for patch_id in lacking[:-1]:
+            await self.ranks.call("patcher_receive", await self._bytes(patch_id))
+        last = [("patcher_receive", await self._bytes(patch_id)) for patch_id in lacking[-1:]]
+        await self.ranks.together(*last, ("patcher_begin", change_id, list(target.ids)))
+
+    async def _bytes(self, patch_id: str) -> bytes:
+        return await asyncio.to_thread(self.store.patch_bytes, patch_id)
 
     async def stage_module(self, change_id: str, name: str) -> dict[Place, str]:
-        """Prepare one module on every rank that holds it; its digests by rank.
+        """Prepare one module on every rank that holds it, and read that back; digests by rank.
+
+        In two calls: reading a pack takes a rank longest, and a step waits for one of them.
 
         Raises :class:`BaseMismatchError` where none does, and what a rank refuses with.
         """
@@ -171,6 +180,7 @@ class Transition:
                 f"The served model has no module {name}.",
                 "The patch was computed for another architecture.",
             )
+        await self.ranks.call("patcher_check_staged", change_id, name)
         return digests
 
     async def _swap(
@@ -254,6 +264,19 @@ class Transition:
             await self.ranks.call("patcher_finish", change_id)
         except Exception:
             logger.exception("patcher: a rank kept what a change left")
+
+    def _discard_later(self, change_id: str) -> None:
+        """:meth:`discard` without a wait: the first steps after a flush compute whole contexts.
+
+        Ranks take their calls in order, so whatever is asked next finds it done.
+        """
+        ending = asyncio.create_task(self.discard(change_id))
+        self._ending.add(ending)  # a loop holds its tasks weakly
+        ending.add_done_callback(self._ending.discard)
+
+    async def settle(self) -> None:
+        """Wait for what changes that are over have left to do."""
+        await asyncio.gather(*self._ending)
 
 
 async def _to_the_end(write: Callable[[Any], object], value: Any) -> None:

@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Concatenate, ParamSpec
+from typing import Any, Concatenate, NamedTuple, ParamSpec
 
 import torch
 
@@ -31,6 +31,15 @@ P = ParamSpec("P")
 Reply = dict[str, Any]
 
 
+class _InForce(NamedTuple):
+    """What a rank serves and what it knows of that."""
+
+    stack: tuple[str, ...]
+    live: dict[str, str]
+    sums: dict[str, int]
+    bases: dict[str, torch.Tensor]
+
+
 @dataclass
 class _Change:
     """A change under way on this rank."""
@@ -40,9 +49,9 @@ class _Change:
     staged: dict[str, Staged] = field(default_factory=dict)
     bases: dict[str, torch.Tensor] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
-    sums: dict[str, int] = field(default_factory=dict)  # checksums of the same
+    sums: dict[str, int] = field(default_factory=dict)  # checksums of what was read back
     touched: list[Staged] = field(default_factory=list)  # live weights that it changed
-    before: tuple[tuple[str, ...], dict[str, str], dict[str, int]] | None = None  # once committed
+    before: _InForce | None = None  # once committed
 
 
 class RankState:
@@ -91,17 +100,22 @@ class RankState:
                 f"The folded weight of {name} is not finite.",
                 "The patches overflow the served dtype together; leave one out.",
             )
-        staged = site.stage(weight)
+        change.staged[name] = site.stage(weight)
         change.digests[name] = digest(weight)
-        held = staged.read()
-        if not torch.equal(held, weight) and digest(held) != change.digests[name]:
-            raise EngineRefusedError(f"What was staged for {name} reads back differently.")
-        change.sums[name] = staged.checksum()
         change.bases[name] = base
-        change.staged[name] = staged
         if is_overlay(site):
             self.overlaid.add(name)
         return True
+
+    def check_staged(self, change_id: str, name: str) -> None:
+        """Read back what was staged for module ``name``, where this rank holds it."""
+        change = self.current(change_id)
+        staged = change.staged.get(name)
+        if staged is None:
+            return
+        if digest(staged.read()) != change.digests[name]:
+            raise EngineRefusedError(f"What was staged for {name} reads back differently.")
+        change.sums[name] = staged.checksum()
 
     def _bases_named(self, name: str, stack: tuple[str, ...]) -> list[ModuleBase]:
         """The bases of module ``name`` that patches were computed on, each once.
@@ -129,12 +143,15 @@ class RankState:
         change = self.current(change_id)
         if change.before is not None:
             return
+        if unread := sorted(change.staged.keys() - change.sums.keys()):
+            raise EngineRefusedError(f"What was staged for {unread[0]} was not read back.")
         for staged in change.staged.values():
             change.touched.append(staged)  # before: it may fail half-way
             staged.commit()
-        change.before = self.stack, self.live, self.sums
+        change.before = _InForce(self.stack, self.live, self.sums, self.bases)
         self.stack, self.live = change.stack, {**self.live, **change.digests}
         self.sums = {**self.sums, **change.sums}
+        self.bases = {**self.bases, **change.bases}
 
     def roll_back(self, change_id: str) -> None:
         """Undo what the change did on this rank, whatever that was."""
@@ -144,7 +161,7 @@ class RankState:
         for staged in reversed(change.touched):
             staged.undo()
         if change.before is not None:
-            self.stack, self.live, self.sums = change.before
+            self.stack, self.live, self.sums, self.bases = change.before
         self.change = None
 
     def finish(self, change_id: str) -> None:
@@ -155,10 +172,7 @@ class RankState:
         change = self.change
         if change is not None and change.id != change_id:
             return
-        if change is not None:
-            self.change = None
-            if change.before is not None:
-                self.bases |= change.bases
+        self.change = None
         self.patches = {i: p for i, p in self.patches.items() if i in self.stack}
         patched = {n for p in self.patches.values() for n in p.deltas}
         self.bases = {n: base for n, base in self.bases.items() if n in patched}
@@ -282,6 +296,13 @@ def patcher_stage(worker: Any, state: RankState, change_id: str, name: str) -> R
 
 
 @_answers
+def patcher_check_staged(worker: Any, state: RankState, change_id: str, name: str) -> Reply:
+    """Read back what was staged for one module."""
+    state.check_staged(change_id, name)
+    return {}
+
+
+@_answers
 def patcher_commit(worker: Any, state: RankState, change_id: str) -> Reply:
     """Exchange the staged weights with the live ones."""
     state.commit(change_id)
@@ -319,6 +340,7 @@ METHODS: tuple[Callable[..., Reply], ...] = (
     patcher_receive,
     patcher_begin,
     patcher_stage,
+    patcher_check_staged,
     patcher_commit,
     patcher_roll_back,
     patcher_finish,

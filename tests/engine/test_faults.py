@@ -19,6 +19,7 @@ import torch
 from patcher.engine import transition as transition_module
 from patcher.engine import vllm_client, vllm_worker
 from patcher.engine.service import Outcome, PatchService
+from patcher.engine.sites import TensorStaged
 from patcher.engine.stack import Stack
 from patcher.engine.store import Store
 from patcher.engine.worker import RankState
@@ -75,16 +76,23 @@ def run(doing: Coroutine[Any, Any, T]) -> T:
 
 
 def put(service: PatchService, *patches: Patch, in_flight: Any = "recompute") -> Any:
+    return run(change(service, *patches, in_flight=in_flight))
+
+
+async def change(
+    service: PatchService, *patches: Patch, in_flight: Any = "recompute", settle: bool = True
+) -> Any:
     for patch in patches:
         service.store.add_patch(patch, "me")
-    return run(
-        service.change(
-            [p.id for p in patches],
-            if_match=service.store.in_force().version,
-            in_flight=in_flight,
-            actor="me",
-        )
+    done = await service.change(
+        [p.id for p in patches],
+        if_match=service.store.in_force().version,
+        in_flight=in_flight,
+        actor="me",
     )
+    if settle:  # else what is left to do ends with the loop
+        await service.transition.settle()
+    return done
 
 
 def boom(*_: object) -> None:
@@ -369,6 +377,47 @@ def test_finish_that_is_lost_does_not_undo_a_change(
     assert same(client.live(), folded(weights, a, b))
 
 
+def test_done_is_told_before_the_ranks_have_let_go(
+    service: PatchService, client: FakeClient, weights: list[torch.Tensor]
+) -> None:
+    """The first steps after a flush compute whole contexts, and a rank answers after one."""
+    a, b = make(weights, 1), make(weights, 2)
+    client.hangs = {"patcher_finish"}
+    run(change(service, a, settle=False))
+    assert run(service.verify())["ok"]
+    client.hangs = set()
+    put(service, a, b)
+    assert same(client.live(), folded(weights, a, b))
+    for worker in client.workers:
+        state: RankState = worker._patcher_state
+        assert (state.change, sorted(state.patches)) == (None, sorted((a.id, b.id)))
+
+
+def test_what_was_not_read_back_is_not_put_in_force(
+    service: PatchService, client: FakeClient, weights: list[torch.Tensor]
+) -> None:
+    def silent(worker: Any, nonce: str, *_: object) -> dict[str, Any]:
+        return {"nonce": nonce, "rank": worker.rank, "pid": 0, "ok": True}
+
+    client.fail[("patcher_check_staged", 1)] = silent
+    with pytest.raises(EngineRefusedError, match=r"Rank 1: .* layers.0 was not read back"):
+        put(service, make(weights, 1))
+    assert same(client.live(), weights)
+
+
+def test_what_was_staged_is_read_back(
+    service: PatchService,
+    client: FakeClient,
+    weights: list[torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(TensorStaged, "read", lambda staged: staged._spare + 1)
+    with pytest.raises(EngineRefusedError, match=r"staged for layers.0 reads back differently"):
+        put(service, make(weights, 1))
+    assert same(client.live(), weights)
+    assert "pause keep" not in client.log
+
+
 def test_a_restart_restores_what_was_committed(
     service: PatchService, client: FakeClient, weights: list[torch.Tensor]
 ) -> None:
@@ -406,6 +455,7 @@ def test_what_a_dead_api_server_left_behind_is_mended(
         state.begin("orphan", (b.id,))
         for name in ("layers.0", "layers.1"):
             state.stage("orphan", name)
+            state.check_staged("orphan", name)
         state.commit("orphan")
     c = make(weights, 3, (2,))
     put(service, a, c)

@@ -85,7 +85,7 @@ def killed_after_commit(service: PatchService) -> None:
     async def half() -> None:
         await service.ranks.call("patcher_begin", "dead", [])
         for name in service.store.in_force().modules(service.store.manifests()):
-            await service.ranks.call("patcher_stage", "dead", name)
+            await service.transition.stage_module("dead", name)
         await service.ranks.call("patcher_commit", "dead")
 
     run(half())
