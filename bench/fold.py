@@ -28,7 +28,7 @@ from patcher.kernels import LowRank, fold
 
 BAR, SHARE = 1.5, 1 / 8
 LARGE = 1e8  # values, from which on a rank takes half a minute
-SECONDS = 3.0  # of measuring, for each size and rank
+SECONDS = 2.0  # of measuring, for each size and rank
 WHY_TIME = (
     "at high ranks the products are cut into pieces that fit the memory that is allowed, and run"
     " below the speed of whole ones; at low ranks a fold reads the weight twice and converts it"

@@ -56,7 +56,7 @@ def passed(name: str, tokens: int, ways: dict[str, Any], rounds: int, device: st
 
 
 @torch.no_grad()
-def model_pass(folder: str, device: str, quick: bool) -> list[Passed]:
+def model_pass(folder: str, device: str) -> list[Passed]:
     """The real model, the layers that are edited by depth, batches as `patcher compute` reads."""
     model = load(folder, device=device)
     layers = by_depth(model.layers)
@@ -71,7 +71,7 @@ def model_pass(folder: str, device: str, quick: bool) -> list[Passed]:
         "bare": bare,
         "whole": lambda: moments(model, text, None, layers, cache=None, progress=Silent(), what=""),
     }
-    return [passed(model.name, sum(map(len, text)), ways, 5 if quick else 9, device)]
+    return [passed(model.name, sum(map(len, text)), ways, 5, device)]
 
 
 @torch.no_grad()

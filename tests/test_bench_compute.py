@@ -93,7 +93,7 @@ def test_quick_judges_no_bar_that_is_of_fifty_facts() -> None:
 
 
 def test_both_passes_for_statistics_run(tmp_path: Path) -> None:
-    (found,) = moments_pass.model_pass(str(tiny.save(tmp_path / "tiny")), "cpu", True)
+    (found,) = moments_pass.model_pass(str(tiny.save(tmp_path / "tiny")), "cpu")
     assert found.tokens > 1000
     assert found.ratio.low > 0
     assert found.row()["seconds"] >= 0
