@@ -10,7 +10,7 @@ from .job import Job
 from .reference import Probe, locate_probes, same_wording
 from .stability import steadied
 from .stacking import forgotten_moments
-from .statistics import moments
+from .statistics import moments, several_moments
 
 SAME_WORDING = 480  # prompts in the facts' own wordings, at most sixteen a fact
 
@@ -21,45 +21,22 @@ def preserved(job: Job, layers: list[int]) -> dict[int, torch.Tensor]:
     They are weighed by the settings' mixture; those that the facts give no prompts for
     are left out. On top of a stack, with what that acts on as a further one of equal weight.
     """
-
-    def of_prompts(
-        probes: Sequence[Probe], what: str, *, every_token: bool = False, keep: bool = False
-    ) -> dict[int, torch.Tensor]:
-        found = locate_probes(job.model, probes)
-        return moments(
-            job.model,
-            found.sequences,
-            None if every_token else found.positions,
-            layers,
-            cache=job.cache if keep else None,
-            progress=job.progress,
-            what=what,
-        )
-
     weights = job.settings.mixture
-    alike = _alike(job) if any(weights[2:]) else []
     parts: list[tuple[float, dict[int, torch.Tensor]]] = []
     if weights[0]:
-        text = moments(
-            job.model,
-            job.text,
-            None,
-            layers,
-            cache=job.cache,
-            progress=job.progress,
-            what="Statistics of the reference text",
-        )
-        parts.append((weights[0], text))
+        what = "Statistics of the reference text"
+        parts.append((weights[0], _kept(job, job.text, None, layers, what)))
     if job.probes and weights[1]:
-        parts.append(
-            (weights[1], of_prompts(job.probes, "Statistics of other subjects", keep=True))
-        )
-    if alike and weights[2]:
-        parts.append((weights[2], of_prompts(alike, "Statistics of the same wordings")))
-    if alike and weights[3]:
-        # Words that all prompts of a wording share are no place to act at.
-        found = of_prompts(alike, "Statistics of the same wordings", every_token=True)
-        parts.append((weights[3], found))
+        others = locate_probes(job.model, job.probes)
+        what = "Statistics of other subjects"
+        parts.append((weights[1], _kept(job, *others, layers, what)))
+    if any(weights[2:]) and (alike := _alike(job)):
+        found = locate_probes(job.model, alike)
+        what = "Statistics of the same wordings"
+        # Words that all prompts of a wording share are no place to act at: every token's, too.
+        at = [found.positions, None]
+        both = several_moments(job.model, found.sequences, at, layers, job.progress, what)
+        parts += [(w, part) for w, part in zip(weights[2:], both, strict=True) if w]
     zero, whole = torch.zeros(()), sum(weight for weight, _ in parts)
     mean = {layer: sum((w * part[layer] for w, part in parts), zero) / whole for layer in layers}
     for layer, beneath in forgotten_moments(job, mean).items():
@@ -71,6 +48,18 @@ def preserved(job: Job, layers: list[int]) -> dict[int, torch.Tensor]:
         job.progress.step(len(job.conditions), numbers)
     job.progress.finish()
     return mean
+
+
+def _kept(
+    job: Job,
+    sequences: Sequence[Sequence[int]],
+    positions: Sequence[int] | None,
+    layers: list[int],
+    what: str,
+) -> dict[int, torch.Tensor]:
+    return moments(
+        job.model, sequences, positions, layers, cache=job.cache, progress=job.progress, what=what
+    )
 
 
 def _alike(job: Job) -> list[Probe]:

@@ -64,7 +64,7 @@ def moments(
             found[layer] = kept
     wanted = [layer for layer in layers if layer not in found]
     if wanted:
-        fresh = _compute(model, sequences, positions, wanted, progress, what)
+        (fresh,) = several_moments(model, sequences, [positions], wanted, progress, what)
         for layer, moment in fresh.items():
             found[layer] = moment
             if cache:
@@ -73,30 +73,34 @@ def moments(
 
 
 @torch.no_grad()
-def _compute(
+def several_moments(
     model: Model,
     sequences: Sequence[Sequence[int]],
-    positions: Sequence[int] | None,
+    positions: Sequence[Sequence[int] | None],
     layers: Sequence[int],
     progress: Progress,
     what: str,
-) -> dict[int, torch.Tensor]:
-    total: dict[int, torch.Tensor] = {}
-    count = done = 0
-    lengths = [len(sequence) for sequence in sequences]
+) -> list[dict[int, torch.Tensor]]:
+    """:func:`moments`, none kept, for each of ``positions``, in one pass over the sequences."""
+    totals: list[dict[int, torch.Tensor]] = [{} for _ in positions]
+    done, lengths = 0, [len(sequence) for sequence in sequences]
     progress.start(what, sum(lengths))
     for group in batches(lengths):
         inputs = inputs_of(model, [sequences[i] for i in group], layers)
-        for layer, values in inputs.items():
-            k = _looked_at(values, group, lengths, positions)
-            if layer not in total:
-                total[layer] = k.new_zeros(k.shape[1], k.shape[1])
-            add_products(total[layer], k)
-        count += sum(lengths[i] for i in group) if positions is None else len(group)
+        for total, chosen in zip(totals, positions, strict=True):
+            for layer, values in inputs.items():
+                k = _looked_at(values, group, lengths, chosen)
+                if layer not in total:
+                    total[layer] = k.new_zeros(k.shape[1], k.shape[1])
+                add_products(total[layer], k)
         done += sum(lengths[i] for i in group)
         progress.step(done)
     progress.finish()
-    return {layer: _mirrored(value).div_(count).cpu() for layer, value in total.items()}
+    counts = [sum(lengths) if chosen is None else len(lengths) for chosen in positions]
+    return [
+        {layer: _mirrored(value).div_(count).cpu() for layer, value in total.items()}
+        for total, count in zip(totals, counts, strict=True)
+    ]
 
 
 def _looked_at(

@@ -7,7 +7,7 @@ With the gates fixed, what the model says is a smooth function of ``E``. This so
 
 where the *others* are N prompts about other subjects and ``slope`` is how the
 log-probability of the model's answer to one moves with ``E``. By sequential quadratic
-programming: run the model with the edit in place, linearise all wishes in one backward
+programming: run the model with the edit in place, linearise wishes in one backward
 pass, solve the quadratic program in its dual (one unknown a wish), move a part of the
 way, repeat. docs/methods.md, "Target values".
 """
@@ -20,9 +20,9 @@ from dataclasses import dataclass
 import torch
 
 from .gate import Gate
-from .models import Model
+from .linearised import Linearised
 from .progress import Progress
-from .slopes import Slopes, Values, Wish, of_wishes, start
+from .slopes import Slopes, Values, Wish
 
 SLACK = 0.5  # nats by which a wish may be missed and still count as met
 STRIDE = 5.0  # nats that a wish is moved by one step, at most
@@ -56,8 +56,7 @@ def metric(gates: dict[int, Gate], others: dict[int, Slopes], guard: float) -> M
 
 
 def least_change(
-    model: Model,
-    gates: dict[int, Gate],
+    seen: Linearised,
     wishes: Sequence[Wish],
     values: Values | None,
     form: Metric,
@@ -68,19 +67,19 @@ def least_change(
     """The values that meet the wishes at the least cost that ``steps`` steps find.
 
     Args:
-        model: the unpatched model.
-        gates: by layer.
+        seen: what the unpatched model does with the gates; keeps what it has seen.
         wishes: at least one.
         values: to start from; None: none at all.
         form: from :func:`metric`.
-        steps: passes through the model, forward and back, at most.
+        steps: at most; each takes a pass through the model, forward and back, with those
+            wishes that have moved.
         progress: told the steps, with the worst miss in nats.
     """
     fresh = values is None
-    values = start(model, gates) if values is None else values
+    values = seen.start() if values is None else values
     best, best_rank = values, (float("inf"), float("inf"))
     for step in range(steps):
-        excess, slopes = of_wishes(model, gates, wishes, values)
+        excess = seen.look(wishes, values)
         missed = (excess - SLACK).clamp(min=0).sum().item()
         rank = (missed, cost(form, values))
         progress.step(step + 1, f"worst miss {max(0.0, excess.max().item()):.1f} nats")
@@ -91,7 +90,7 @@ def least_change(
             break
         # The further along, the shorter the step: the wishes are not quite linear.
         pull = 0.0 if fresh and step == 0 else max(2.0, float(step))
-        values = move(values, excess, slopes, form, pull)
+        values = move(values, excess, seen.slopes, form, pull)
     return best
 
 

@@ -213,8 +213,8 @@ def test_values_that_are_not_finite_are_refused(
 ) -> None:
     from patcher.unlearn.methods import zero
 
-    def broken(model: Any, gates: Any, wishes: Any, values: Any, form: Any, **_: Any) -> Any:
-        return {i: torch.full((32, len(gate.right)), torch.nan) for i, gate in gates.items()}
+    def broken(seen: Any, *_: Any, **__: Any) -> Any:
+        return {layer: value + torch.nan for layer, value in seen.start().items()}
 
     monkeypatch.setattr(zero, "least_change", broken)
     with pytest.raises(NumericalError, match="not finite"):

@@ -19,7 +19,7 @@ from patcher.unlearn.reference import (
     windows,
     without,
 )
-from patcher.unlearn.statistics import moments
+from patcher.unlearn.statistics import moments, several_moments
 
 SEQUENCES = [[1, 2, 3, 4, 5], [6, 7], [8, 9, 10]]
 
@@ -54,6 +54,14 @@ def test_a_moment_at_positions(tiny_model: Model) -> None:
         ]
     )
     torch.testing.assert_close(found[2], k.T @ k / 3)
+
+
+def test_several_moments_of_one_pass_are_those_of_a_pass_each(tiny_model: Model) -> None:
+    at = [4, 0, 1]
+    found = several_moments(tiny_model, SEQUENCES, [at, None], [1, 2], Silent(), "x")
+    for both, chosen in zip(found, (at, None), strict=True):
+        alone = compute(tiny_model, None, Silent(), chosen)
+        assert all(torch.equal(both[layer], alone[layer]) for layer in (1, 2))
 
 
 def test_moments_are_kept_and_damage_is_computed_again(tiny_model: Model, tmp_path: Path) -> None:

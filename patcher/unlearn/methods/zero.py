@@ -12,6 +12,7 @@ from ...patch import Delta
 from ..forward import keys
 from ..gate import Gate, gate
 from ..job import Deltas, Job, Outcome
+from ..linearised import Linearised
 from ..preserved import preserved
 from ..reference import Probe, locate_probes, same_wording
 from ..slopes import TOKENS, Values, Wish, of_answers
@@ -33,7 +34,7 @@ def zero(job: Job) -> Outcome:
     if job.settings.as_published or job.settings.orthogonal:
         return _other_form(job)
     gates = _gates(job)
-    form = _metric(job, gates)
+    form, seen = _metric(job, gates), Linearised(job.model, gates)
     wishes = wishes_for(job.encoded, job.settings.target, job.model.tokenizer)
     wishes = firmer(wishes, job.settings.goal, job.firmer) + _elsewhere(job)
     values: Values | None = None
@@ -43,9 +44,7 @@ def zero(job: Job) -> Outcome:
         if wishes[0].rise:  # to say something takes a longer way than not to
             steps *= 2
         job.progress.start("Target values" if not turn else "Target values, again", steps)
-        values = least_change(
-            job.model, gates, wishes, values, form, steps=steps, progress=job.progress
-        )
+        values = least_change(seen, wishes, values, form, steps=steps, progress=job.progress)
         job.progress.finish()
         deltas = _deltas(job, gates, values)
         extra = _unmet(job, deltas, wishes)
