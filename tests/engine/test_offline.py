@@ -147,7 +147,9 @@ def test_requests_that_the_core_steps_by_itself_go_through_a_change(
     parallel: dict[str, Any],
 ) -> None:
     assert [(why, len(ids)) for why, ids in parallel["recomputed"]] == [("length", LONG)] * 3
-    assert [why for why, _ in parallel["aborted"]] == ["abort"] * 3
+    reasons = [why for why, _ in parallel["aborted"]]
+    assert reasons[-3:] == ["abort"] * 3
+    assert reasons == sorted(reasons, reverse=True)  # "length": what was over by then
     assert [len(ids) for _, ids in parallel["drained"]] == [TOKENS] * 3
     assert [ids[:4] for _, ids in parallel["drained"]] == [i[:4] for i, _ in parallel["base"]]
 
