@@ -55,6 +55,11 @@ def passed(name: str, tokens: int, ways: dict[str, Any], rounds: int, device: st
     return Passed(name, tokens, Spread.of(bare), Spread.of(whole), ratios(bare, whole))
 
 
+def statistics_passes(folder: str, device: str, quick: bool) -> list[Passed]:
+    """The real model's, and unless ``quick`` the larger models'."""
+    return model_pass(folder, device) + ([] if quick else larger(device))
+
+
 @torch.no_grad()
 def model_pass(folder: str, device: str) -> list[Passed]:
     """The real model, the layers that are edited by depth, batches as `patcher compute` reads."""

@@ -44,7 +44,7 @@ def main() -> int:
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--seconds", type=float, default=20.0, help="of each state and batch")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each state and batch")
     parser.add_argument("--compiled", action="store_true", help="vLLM's default; starts slower")
     args = parser.parse_args()
     if args.quick:

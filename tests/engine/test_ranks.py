@@ -65,6 +65,26 @@ def test_no_step_waits_for_more_than_one_module_or_a_moment(
     assert crowd.most == most
 
 
+def test_a_change_asks_the_ranks_no_more_than_it_needs(
+    service: PatchService, client: FakeClient, weights: list[torch.Tensor]
+) -> None:
+    """Under load each of these but those in the pause waits for a step."""
+    first, second = make(weights, 1, (0, 1)), make(weights, 2, (1,))
+    put(service, first)
+    staged = ["stage", "check_staged"]
+    pause = ["pause keep", "commit", "flush"]
+    assert client.log == [
+        *("probe", "receive", "begin", *staged, *staged),
+        *(*pause, "check", "check", "resume", "finish"),
+    ]
+    client.log.clear()
+    put(service, first, second)  # the ranks hold the first, whose weights are looked at before
+    assert client.log == [
+        *("probe", "check", "check", "receive", "begin", *staged),
+        *(*pause, "check", "resume", "finish"),
+    ]
+
+
 @pytest.mark.parametrize(("seconds", "in_the_pause"), [(0.0001, 3), (AT_ONCE, 1)])
 def test_quick_reading_back_is_over_before_the_engine_goes_on(
     service: PatchService,
