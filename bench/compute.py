@@ -19,10 +19,10 @@ statistics  the pass for the keys' second moments against the bare forward pass 
 
 Quality of the first two: by how many nats what is to be said is missed. "At its quality": the
 batched way's seconds until it leaves no more of the first miss than the published way does at its
-end, in each optimisation; where that meets its fact, all of the batched way's. And of how many
-facts the model, with the value put in, ends its text where it gave the answer. Growth: the
-exponent of seconds in facts, from each number of facts to the next. Quick: few facts, one
-optimisation of the four, the small model alone.
+end, in each optimisation (of one fact each); where that meets its fact, all of the batched way's.
+And of how many facts the model, with the value put in, ends its text where it gave the answer.
+Growth: the exponent of seconds in facts, from each number of facts to the next. Quick: few facts,
+one optimisation of the four, the small model alone.
 """
 
 from __future__ import annotations

@@ -122,14 +122,15 @@ async def _staged(
 
 
 async def _check_settled(service: PatchService, before: Stack) -> None:
-    """A change that was not ended is mended by the next one; a plan leaves it alone."""
+    """A change that failed half-way is mended by the next one; a plan leaves it alone."""
     ranks = await service.ranks.probe()
-    unended = any(rank["change"] for rank in ranks)
-    if service.store.unclean or unended or not agree(ranks, before):
+    if service.store.unclean or not agree(ranks, before):
         raise EngineRefusedError(
             "A change before this one was not ended on every rank.",
             "`patcher verify --heal` mends that, and so does the next change.",
         )
+    for change_id in {rank["change"] for rank in ranks if rank["change"]}:
+        await service.transition.discard(change_id)  # over, and its end is under way or was lost
 
 
 async def _tried(service: PatchService, change_id: str, name: str) -> list[dict[str, Any]]:

@@ -73,7 +73,8 @@ class Transition:
             if not healing:
                 await self.heal(fallback)
             with span("stage"):
-                digests = await self._stage(change_id, served, target)
+                holding = [fallback] if healing else served
+                digests = await self._stage(change_id, served, target, holding)
             with span("space"):
                 spaced = await self.spacing.wait(in_flight)
         except BaseException as error:
@@ -138,12 +139,15 @@ class Transition:
         await asyncio.to_thread(self.store.set_drift, modules)
 
     async def _stage(
-        self, change_id: str, served: list[Stack], target: Stack
+        self, change_id: str, served: list[Stack], target: Stack, holding: list[Stack]
     ) -> dict[str, dict[Place, str]]:
-        """Prepare every module that changes; returns its digests by rank."""
+        """Prepare every module that changes; returns its digests by rank.
+
+        Ranks hold the patches of the stacks ``holding``, some of them these and some those.
+        """
         reading = asyncio.create_task(asyncio.to_thread(self.store.manifests))
         try:  # a start reads them all, while the ranks read the files
-            await self._begin(change_id, served, target)
+            await self._begin(change_id, holding, target)
         finally:
             manifests = await reading
         digests: dict[str, dict[Place, str]] = {}
@@ -151,12 +155,12 @@ class Transition:
             digests[name] = await self.stage_module(change_id, name)
         return digests
 
-    async def _begin(self, change_id: str, served: list[Stack], target: Stack) -> None:
-        """Begin the change on every rank, with the patches that they lack: they hold what serves.
+    async def _begin(self, change_id: str, holding: list[Stack], target: Stack) -> None:
+        """Begin the change on every rank, with the patches that one of them lacks.
 
         The last of those comes with the call that begins, so that one patch costs no step more.
         """
-        held = set.intersection(*(set(stack.ids) for stack in served))
+        held = set.intersection(*(set(stack.ids) for stack in holding))
         lacking = [patch_id for patch_id in target.ids if patch_id not in held]
         for patch_id in lacking[:-1]:
             await self.ranks.call("patcher_receive", await self._bytes(patch_id))
@@ -268,7 +272,8 @@ class Transition:
     def _discard_later(self, change_id: str) -> None:
         """:meth:`discard` without a wait: the first steps after a flush compute whole contexts.
 
-        Ranks take their calls in order, so whatever is asked next finds it done.
+        Ranks take the calls of one process in order, so whatever that asks next finds it done;
+        another process that finds it not done does it, and then this comes to nothing.
         """
         ending = asyncio.create_task(self.discard(change_id))
         self._ending.add(ending)  # a loop holds its tasks weakly

@@ -66,6 +66,7 @@ class RankState:
         self.sums: dict[str, int] = {}  # checksums of the same
         self.overlaid: set[str] = set()  # modules whose patches act on their output
         self.change: _Change | None = None
+        self.ended = ""  # the last change that was
 
     def begin(self, change_id: str, stack: tuple[str, ...]) -> None:
         """Start a change to ``stack``."""
@@ -100,6 +101,7 @@ class RankState:
                 f"The folded weight of {name} is not finite.",
                 "The patches overflow the served dtype together; leave one out.",
             )
+        change.sums.pop(name, None)
         change.staged[name] = site.stage(weight)
         change.digests[name] = digest(weight)
         change.bases[name] = base
@@ -168,11 +170,14 @@ class RankState:
         """Forget the change, and keep only what the stack in force needs.
 
         While another change is held nothing is let go: its end, or its undoing, needs all of it.
+        Nor is anything for a change that was ended before: what came since is the next one's.
         """
         change = self.change
+        if change is None and change_id == self.ended:
+            return
         if change is not None and change.id != change_id:
             return
-        self.change = None
+        self.ended, self.change = change_id, None
         self.patches = {i: p for i, p in self.patches.items() if i in self.stack}
         patched = {n for p in self.patches.values() for n in p.deltas}
         self.bases = {n: base for n, base in self.bases.items() if n in patched}

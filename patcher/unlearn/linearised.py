@@ -42,8 +42,8 @@ class Linearised:
     def look(self, wishes: Sequence[Wish], values: Values) -> torch.Tensor:
         """By how many nats each wish is missed ``[wishes]`` float64 (negative: met).
 
-        ``slopes`` are of these wishes afterwards. Those with a place that was asked before need
-        no new look, whatever their goals are now.
+        ``slopes`` are of these wishes afterwards. Those whose place the call before had, too, need
+        no new look for another goal.
         """
         self._take(wishes)
         moved, stale = self._moved(values)
@@ -56,7 +56,8 @@ class Linearised:
     def _take(self, wishes: Sequence[Wish]) -> None:
         """Make these the wishes, with what is known of them."""
         before = {(wish.place, wish.rise): i for i, wish in enumerate(self._wishes)}
-        new = torch.full((len(self._wishes),), -1)
+        count = len(self._wishes)
+        new = torch.full((count,), -1)
         excess = torch.full((len(wishes),), torch.nan, dtype=torch.float64)
         for i, wish in enumerate(wishes):
             old = before.pop((wish.place, wish.rise), None)
@@ -65,7 +66,8 @@ class Linearised:
                 further = self._wishes[old].goal - wish.goal
                 excess[i] = self._excess[old] + (-further if wish.rise else further)
         self._wishes, self._excess = list(wishes), excess
-        self._keep(new)
+        if not torch.equal(new, torch.arange(count)):
+            self._keep(new)
 
     def _keep(self, new: torch.Tensor) -> None:
         """Number the slopes' rows anew; those that become -1 are dropped."""
@@ -96,10 +98,11 @@ class Linearised:
         """Look at the ``stale`` ones."""
         chosen = stale.nonzero()[:, 0]
         own = [self._wishes[i] for i in chosen.tolist()]
-        self._excess[stale], slopes = of_wishes(self._model, self._gates, own, values)
         kept = torch.arange(len(stale))
         kept[stale] = -1
-        self._keep(kept)
+        self._keep(kept)  # before: old and new slopes of all wishes would not lie in memory at once
+        self._excess[stale] = torch.nan
+        self._excess[stale], slopes = of_wishes(self._model, self._gates, own, values)
         for layer, part in slopes.items():
             wrote = part.gates @ values[layer].T
             part = part._replace(row=chosen[part.row])

@@ -34,9 +34,10 @@ def preserved(job: Job, layers: list[int]) -> dict[int, torch.Tensor]:
         found = locate_probes(job.model, alike)
         what = "Statistics of the same wordings"
         # Words that all prompts of a wording share are no place to act at: every token's, too.
-        at = [found.positions, None]
-        both = several_moments(job.model, found.sequences, at, layers, job.progress, what)
-        parts += [(w, part) for w, part in zip(weights[2:], both, strict=True) if w]
+        chosen = [(w, at) for w, at in zip(weights[2:], (found.positions, None), strict=True) if w]
+        at = [positions for _, positions in chosen]
+        each = several_moments(job.model, found.sequences, at, layers, job.progress, what)
+        parts += [(w, part) for (w, _), part in zip(chosen, each, strict=True)]
     zero, whole = torch.zeros(()), sum(weight for weight, _ in parts)
     mean = {layer: sum((w * part[layer] for w, part in parts), zero) / whole for layer in layers}
     for layer, beneath in forgotten_moments(job, mean).items():

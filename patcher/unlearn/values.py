@@ -66,6 +66,9 @@ def least_change(
 ) -> Values:
     """The values that meet the wishes at the least cost that ``steps`` steps find.
 
+    What meets them is told by :class:`Linearised`: in part foretold. Who needs to know asks the
+    model with the values in place.
+
     Args:
         seen: what the unpatched model does with the gates; keeps what it has seen.
         wishes: at least one.

@@ -383,7 +383,8 @@ def test_done_is_told_before_the_ranks_have_let_go(
     """The first steps after a flush compute whole contexts, and a rank answers after one."""
     a, b = make(weights, 1), make(weights, 2)
     client.hangs = {"patcher_finish"}
-    run(change(service, a, settle=False))
+    run(asyncio.wait_for(change(service, a, settle=False), 10))
+    assert all(worker._patcher_state.change is not None for worker in client.workers)
     assert run(service.verify())["ok"]
     client.hangs = set()
     put(service, a, b)
@@ -391,6 +392,20 @@ def test_done_is_told_before_the_ranks_have_let_go(
     for worker in client.workers:
         state: RankState = worker._patcher_state
         assert (state.change, sorted(state.patches)) == (None, sorted((a.id, b.id)))
+
+
+def test_an_end_that_comes_late_takes_nothing_from_the_next_change(
+    service: PatchService, client: FakeClient, weights: list[torch.Tensor]
+) -> None:
+    """Another API server has ended the change by then, and sends what its own needs."""
+    a, b = make(weights, 1), make(weights, 2)
+    put(service, a)
+    state: RankState = client.workers[0]._patcher_state
+    state.patches[b.id] = b
+    state.finish(state.ended)
+    assert b.id in state.patches
+    state.finish("of a change that never began")
+    assert list(state.patches) == [a.id]
 
 
 def test_what_was_not_read_back_is_not_put_in_force(

@@ -17,7 +17,7 @@ from patcher.patch import Delta, Patch
 from patcher.patch.merge import merge
 from tests.engine.fake_vllm import D_OUT, FakeClient
 from tests.engine.server import Server
-from tests.engine.test_faults import make, put, refuse, run
+from tests.engine.test_faults import change, make, put, refuse, run
 from tests.engine.test_refusals import patcher
 from tests.signing.reviewers import Reviewers
 
@@ -104,6 +104,19 @@ def test_a_plan_after_a_change_that_was_not_ended_leaves_it_alone(
     put(service, first)
     put(service)
     assert all(torch.equal(live, base) for live, base in zip(client.live(), weights, strict=True))
+    assert run(service.verify())["ok"]
+
+
+def test_a_plan_ends_a_change_whose_end_is_not_there_yet(
+    service: PatchService, client: FakeClient, weights: list[torch.Tensor]
+) -> None:
+    """The ranks are asked to let go after the answer, maybe by another API server."""
+    first, second = make(weights, 1), make(weights, 2)
+    client.hangs = {"patcher_finish"}
+    run(change(service, first, settle=False))
+    client.hangs = set()
+    assert run(plan(service, [second], {}))["refusals"] == []
+    assert all(worker._patcher_state.change is None for worker in client.workers)
     assert run(service.verify())["ok"]
 
 
