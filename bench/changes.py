@@ -13,21 +13,19 @@ UPDATE, RELOAD, LORA = "vLLM update in place", "vLLM reload", "vLLM LoRA load"
 RESTART = "restart"
 
 WHY_CALL = (
-    "Profile (one thread, other work beside it): the reload reads 269 MB from the page "
-    "cache and packs them. The call stages five "
-    "modules, about 38 ms each, of which 30 are two exact read-outs of a oneDNN pack (a product "
-    "with all unit vectors, 2.7 GFLOP, at the core's full speed; fold, digests and pack are 1 to 2 "
-    "ms each). Under load each of its dozen calls to the ranks also waits for the step under way, "
-    "and modules go one to a step. Needed: a way to read a pack without multiplying, which vLLM "
-    "hasn't got; by these figures the idle call would take 0.12 s (an estimate). "
-    "It grows with the modules "
-    "that are patched, the reload with the model."
+    "Profile (one thread, other work beside it): the reload reads 269 MB from the page cache and"
+    " packs them. The call stages five modules, about 38 ms each, of which 30 are two exact"
+    " read-outs of a oneDNN pack (a product with all unit vectors, 2.7 GFLOP, at the core's full"
+    " speed; fold, digests and pack are 1 to 2 ms each). Under load each of some fifteen calls to"
+    " the ranks also waits for the step under way, and a read-out goes to a step. Needed: a way to"
+    " read a pack without multiplying, which vLLM hasn't got; by these figures the idle call would"
+    " take 0.12 s (an estimate). It grows with the modules that are patched, the reload with the"
+    " model."
 )
 WHY_CONTINUE = (
-    "Same profile: the longest silence isn't the stop but a step that waits "
-    "for one module's staging "
-    "(38 ms, 30 of them two exact read-outs of the pack). Staged in two calls, a read-out in each, "
-    "a step would wait half as long, and the call would take a step more for each module."
+    "Staging a module and reading it back are a call each, which a step waits for: about half a"
+    " step. Where a gap is longer than two steps it was so in single rounds; what those waited for"
+    " was not found. The median of so few rounds takes them in."
 )
 NOTES = (
     "Gaps are held against tokens of context, since contexts grow while the ways take turns. "

@@ -32,7 +32,9 @@ SECONDS = 2.0  # of measuring, for each size and rank
 WHY_TIME = (
     "at high ranks the products are cut into pieces that fit the memory that is allowed, and run"
     " below the speed of whole ones; at low ranks a fold reads the weight twice and converts it"
-    " each time, which the products, whose operands are in float64 already, don't (not profiled)"
+    " each time, which the products, whose operands are in float64 already, don't (pieces timed"
+    " alone at 3072 x 8192 and rank 4: two readings 10 of 24 ms, products 10, rounding and writing"
+    " 5). A fold of a millisecond or two also varies by half from round to round"
 )
 WHY_MEMORY = (
     "the weight is so small that an eighth of it holds no tile and factors that are worth a call:"
