@@ -34,7 +34,7 @@ demo: install model ## the main job on real input: forget while serving, and tak
 test: install model ## the whole suite (PYTEST="-k name" for a part)
 	@.venv/bin/python -m pytest -n 2 $(PYTEST)
 
-bench: install model ## every speed and size against a peer, into docs/benchmarks.md (twenty minutes)
+bench: install model ## every speed and size against a peer, into docs/benchmarks.md (25 minutes)
 	@.venv/bin/python bench/all.py $(BENCH)
 
 fuzz: $(FUZZER) ## a million made files against the reader of patches (docs/fuzzing.md)

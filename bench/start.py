@@ -41,8 +41,8 @@ ROUNDS = 2  # at least, but for --quick
 WHY = (
     "Nothing waits for patcher but its imports (0.2 s of CPU in three processes) and `patcher"
     " serve` itself (0.15 s): beyond that it is the machine's noise, which few starts leave in.",
-    "Restoring is nearly all the worker's: each module is read out of its pack three times (base,"
-    " staged, live), and a read is a matrix product of d_in x d_in x d_out since oneDNN's packs"
+    "Restoring is nearly all the worker's: each module is read out of its pack twice (base,"
+    " staged), and a read is a matrix product of d_in x d_in x d_out since oneDNN's packs"
     " have no inverse. Fewer reads, or a restore while the server still starts, would mend it.",
 )
 _TICK = os.sysconf("SC_CLK_TCK")
