@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +178,7 @@ def lora(folder: Path, contexts: Mapping[int, int], found: list[Event]) -> None:
     ):
         vllm.first_words()
         found.append(Event(0, RESTART, time.monotonic() - begun))
-        load = lambda: vllm.load_adapter(folder / "adapter")  # noqa: E731
+        load = partial(vllm.load_adapter, folder / "adapter")
         for number in range(IDLE_ROUNDS + 1):
             seconds, told = timed(load)
             vllm.drop_adapter()

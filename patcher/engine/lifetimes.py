@@ -127,7 +127,6 @@ async def expire(service: PatchService) -> None:
         await asyncio.shield(asyncio.ensure_future(change))  # never left half-way
     except StackChangedError:
         return  # another API server or a person was quicker; the next look tells
-    await service.transition.settle()  # a script's loop ends with this call
     logger.info("patcher: %s", reason)
 
 

@@ -106,8 +106,8 @@ class AttachedEngine(Engine):
             record_start(store, settings, trust.told())
             self._service: PatchService = PatchService(client, store, spacing=0, trust=trust)
             self._service.watched = False
-            run(self._service.restore())
-            run(expire(self._service))  # what ran out while nothing served
+            run(_settled(self._service, self._service.restore()))
+            run(_settled(self._service, expire(self._service)))  # what ran out while nothing served
         except BaseException:
             _let_go(store, temporary)
             raise
@@ -136,7 +136,7 @@ class AttachedEngine(Engine):
             store = self._service.store
             with store.exclusive():
                 store.suspend(True, "detach", {"held": list(store.committed().ids)})
-            run(self._service.restore("detach"))
+            run(_settled(self._service, self._service.restore("detach")))
             delattr(llm, _ATTRIBUTE)
         self._release()
         super().close()
@@ -152,6 +152,14 @@ def run(work: Coroutine[Any, Any, T]) -> T:
         return pool.submit(asyncio.run, work).result()
 
 
+async def _settled(service: PatchService, work: Coroutine[Any, Any, T]) -> T:
+    """``work``, and what it left for later: the loop ends with it."""
+    try:
+        return await work
+    finally:
+        await service.transition.settle()
+
+
 class _InProcess(httpx.BaseTransport):
     """The way of a request to the routes: a call."""
 
@@ -165,12 +173,11 @@ class _InProcess(httpx.BaseTransport):
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         """Answer ``request`` with the whole body read."""
         request.read()
-        return run(self._answer(request))
+        return run(_settled(self._service, self._answer(request)))
 
     async def _answer(self, request: httpx.Request) -> httpx.Response:
         answer = await self._app.handle_async_request(request)
         body = await answer.aread()
-        await self._service.transition.settle()  # the loop ends with this call
         return httpx.Response(answer.status_code, headers=answer.headers, content=body)
 
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from patcher.engine.ranks import agree, refusal
+from patcher.engine.ranks import agree, left_over, refusal
 from patcher.engine.stack import Stack, admit, questions
 from patcher.errors import AlreadyAppliedError, EngineRefusedError, PatcherError
 from patcher.patch import Manifest, Patch
@@ -129,7 +129,7 @@ async def _check_settled(service: PatchService, before: Stack) -> None:
             "A change before this one was not ended on every rank.",
             "`patcher verify --heal` mends that, and so does the next change.",
         )
-    for change_id in {rank["change"] for rank in ranks if rank["change"]}:
+    for change_id in left_over(ranks):
         await service.transition.discard(change_id)  # over, and its end is under way or was lost
 
 

@@ -121,6 +121,11 @@ def agree(ranks: list[Reply], stack: Stack) -> bool:
     return all(tuple(rank["stack"]) == stack.ids for rank in ranks)
 
 
+def left_over(ranks: list[Reply]) -> set[str]:
+    """The changes that some rank still holds."""
+    return {rank["change"] for rank in ranks if rank["change"]}
+
+
 def refusal(what: str, error: BaseException) -> BaseException:
     """The error that a caller is to see: a typed one, or a refusal that names the cause."""
     if isinstance(error, PatcherError) or not isinstance(error, Exception):

@@ -21,7 +21,7 @@ from patcher.engine.guards import GuardRun
 from patcher.engine.lifetimes import Lifetimes
 from patcher.engine.metrics import metrics
 from patcher.engine.observe import CHANGE, cause_of, observed
-from patcher.engine.ranks import Place, Ranks, agree, place
+from patcher.engine.ranks import Place, Ranks, agree, left_over, place
 from patcher.engine.settings import DEFAULT_LONGEST
 from patcher.engine.signatures import Trust
 from patcher.engine.stack import Stack, admit, questions
@@ -212,7 +212,6 @@ class PatchService:
             stack = self.store.in_force()
             await vllm_client.set_weight_version(self.client, stack.version)
             metrics().in_force(stack.ids)
-        await self.transition.settle()
 
     @observed
     async def change(
@@ -313,16 +312,15 @@ class PatchService:
         await self._record_interruption()
         ranks = await self.ranks.probe()
         stack = self.store.in_force()
-        left_over = {r["change"] for r in ranks if r["change"]}
         if self.store.unclean or not agree(ranks, stack):
-            for change_id in left_over or {""}:
+            for change_id in left_over(ranks) or {""}:
                 async with vllm_client.paused(
                     self.client, "recompute", ours=self.store.unclean
                 ) as pause:
                     await self.transition.put_back(change_id, stack, pause)
             ranks = await self.ranks.probe()
         else:
-            for change_id in left_over:  # it succeeded, and only its end was lost
+            for change_id in left_over(ranks):  # it succeeded, and only its end was lost
                 await self.transition.discard(change_id)
         if not agree(ranks, stack):
             served = [Stack(tuple(r["stack"])) for r in ranks]
