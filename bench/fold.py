@@ -58,6 +58,11 @@ class Allocated(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._count(one.untyped_storage(), [a.untyped_storage() for a in known])
         return made
 
+    def count(self, call: Callable[[], Any]) -> None:
+        """Make the call and count what it makes; its result is dropped."""
+        with self:
+            call()
+
     def _count(self, storage: Any, known: list[Any]) -> None:
         at, size = storage.data_ptr(), storage.nbytes()
         if at in self._seen or any(at == one.data_ptr() for one in known):
@@ -115,19 +120,21 @@ def measure(d_out: int, d_in: int, args: Any) -> list[dict[str, Any]]:
         one = delta(d_out, rank, device)
         left, right = one.left.double(), one.right.double()
         inner = torch.empty(rank, d_in, dtype=torch.float64, device=device)
+        plain, allocated = partial(fold, base, [one], out=out), Allocated()
+        # A processor does some tens of GFLOP/s: one round of the largest takes half a minute, so
+        # its memory is counted in the call that is timed.
+        rounds = max(1, min(9, int(SECONDS * 5e10 / (8 * d_out * rank * d_in))))
         ways: dict[str, Callable[[], Any]] = {
             "copy": partial(out.copy_, base),
             "products": partial(products, left, right, wide, inner, result),
-            "fold": partial(fold, base, [one], out=out),
+            "fold": plain if rounds > 1 else partial(allocated.count, plain),
         }
-        # A processor does some tens of GFLOP/s: one round of the largest takes half a minute.
-        rounds = max(1, min(9, int(SECONDS * 5e10 / (8 * d_out * rank * d_in))))
         took = interleaved(ways, rounds, settle=settle, warm=rounds > 1)
         peer = [max(pair) for pair in zip(took["copy"], took["products"], strict=True)]
         ratio = divided(took["fold"], peer)
         narrow = products_below(one, base, rounds, settle) if rank <= 256 else {}
-        with Allocated() as allocated:
-            fold(base, [one], out=out)
+        if rounds > 1:
+            allocated.count(plain)
         rows.append(
             {
                 "rank": rank,

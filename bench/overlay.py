@@ -44,11 +44,11 @@ def main() -> int:
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--seconds", type=float, default=10.0, help="of each state and batch")
+    parser.add_argument("--seconds", type=float, default=7.0, help="of each state and batch")
     parser.add_argument("--compiled", action="store_true", help="vLLM's default; starts slower")
     args = parser.parse_args()
     if args.quick:
-        args.seconds = 8.0
+        args.seconds = 5.0
     os.environ["PATCHER_OVERLAY_RANK"] = str(args.rank)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -233,7 +233,7 @@ def main() -> int:
     parser.add_argument("--facts", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    args.parts, args.characters = ((4,), 4000) if args.quick else ((2, 3, 4, 8), 12000)
+    args.parts, args.characters = ((4,), 4000) if args.quick else ((2, 4), 12000)
     rows, default, loras = real(args)
     sizes = {name: {n: random_sizes(name, n, default.manifest) for n in FACTS} for name in SIZES}
     larger = [sizes[name][10] for name in list(SIZES)[1:]]

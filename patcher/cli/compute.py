@@ -91,7 +91,6 @@ def bar_options(command: Command) -> Command:
     metavar="R.jsonl",
     help="Facts that must stay, in the same form; they are protected and checked.",
 )
-@click.option("--preserve", type=existing_file, hidden=True)
 @bar_options
 @click.option(
     "--dtype", default="auto", show_default=True, help="The type that the weights are served in."
@@ -113,7 +112,6 @@ def bar_options(command: Command) -> Command:
 def compute(
     as_json: bool,
     verbose: bool,
-    preserve: Path | None,
     bars: Mapping[str, float],
     **wishes: Any,
 ) -> None:
@@ -123,7 +121,6 @@ def compute(
     what misses a bar is solved for again. If one can't be met, the best edit is written
     nevertheless, and the exit code is 12.
     """
-    wishes["retain"] = wishes["retain"] or preserve
     _check_reference(wishes["reference"])
     from patcher.unlearn import Bars
     from patcher.unlearn import compute as run

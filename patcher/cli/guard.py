@@ -33,24 +33,44 @@ def guarded(
         code = run(*args, **{**options, "standalone_mode": False})
         sys.stdout.flush()
     except (click.Abort, KeyboardInterrupt):
-        note("Interrupted.")
-        sys.exit(INTERRUPTED)
+        _end(INTERRUPTED, lambda: note("Interrupted."))
     except BrokenPipeError:
         close_quietly()
     except Exception as error:
-        if "--debug" in own or os.environ.get("PATCHER_DEBUG", "") not in ("", "0"):
-            traceback.print_exc()
-        sys.exit(_report(_as_ours(error), as_json="--json" in own))
+        debug = "--debug" in own or os.environ.get("PATCHER_DEBUG", "") not in ("", "0")
+        ours = _as_ours(error)
+        _end(ours.exit_code, lambda: _report(ours, as_json="--json" in own, debug=debug))
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def close_quietly() -> NoReturn:
     """Exit as a closed pipe asks: whoever read our output has gone, nobody is left to tell."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _silence()
     sys.exit(PIPE_CLOSED)
 
 
-def _report(error: PatcherError, *, as_json: bool) -> int:
+def _end(code: int, tell: Callable[[], None]) -> NoReturn:
+    """Tell how it ended and exit with ``code``, even where there is no room to tell it."""
+    try:
+        tell()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        close_quietly()
+    except OSError:
+        _silence()
+    sys.exit(code)
+
+
+def _silence() -> None:
+    # What Python still holds it would try to write once more at its end, and exit with 120.
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(nowhere, stream.fileno())
+
+
+def _report(error: PatcherError, *, as_json: bool, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
     message, cure = _lines(error.message), _lines(error.cure)
     note(f"error: {message}", style="red")
     if cure:
@@ -58,7 +78,6 @@ def _report(error: PatcherError, *, as_json: bool) -> int:
     if as_json:
         document = {"code": error.code, "message": message, "cure": cure}
         print_json({"error": {**error.details, **document, "exit_code": error.exit_code}})
-    return error.exit_code
 
 
 def _lines(text: str) -> str:

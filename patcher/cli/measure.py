@@ -37,9 +37,10 @@ _FORMATS = "auto|jsonl|counterfact|zsre|mquake|rwku|tofu"
 )
 @click.option(
     "--dtype",
-    default="bfloat16",
+    default="auto",
     show_default=True,
-    help="The type that the weights are served in: they are rounded to it.",
+    help="The type that the weights are served in: they are rounded to it. By default the "
+    "patches', else the checkpoint's.",
 )
 @click.option(
     "--format",
@@ -96,21 +97,29 @@ def evaluate(
             "--with-texts is for a page or a document.",
             "Give --report FILE.html or --json with it.",
         )
-    if report is not None and not report.absolute().parent.is_dir():
-        raise UsageError(f"There is no folder {report.parent}.", "Make it, or name another place.")
+    from patcher.patch.files import check_place
+
+    if report is not None:
+        check_place(report)
     from patcher.evaluation import evaluate as run
     from patcher.evaluation import write_page
 
     tasks = [] if lm_eval is None else lm_eval.split(",")
     with shown_progress(verbose) as progress:
         found = run(**only_given(wishes), lm_eval=tasks, progress=progress)
-    if report is not None:
-        write_page(report, {"this evaluation": found}, with_texts=with_texts)
     document = found.as_dict(with_texts=with_texts)
     if as_json:
         print_json(document)
     else:
         _print_report(document)
+    if report is None:
+        return
+    try:
+        write_page(report, {"this evaluation": found}, with_texts=with_texts)
+    except UsageError as error:  # under --json the one document is out already
+        note(f"error: {error.message}", style="red")
+        note(error.cure)
+        raise click.exceptions.Exit(error.exit_code) from None
 
 
 def _print_report(document: Mapping[str, Any]) -> None:

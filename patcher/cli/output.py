@@ -36,7 +36,7 @@ def note(text: str, *, style: str | None = None) -> None:
 def facts(rows: Iterable[tuple[str, object]]) -> None:
     """Names and values, one pair a line, on stdout."""
     pairs = [(name, clean(value)) for name, value in rows]
-    width = max(len(name) for name, _ in pairs)
+    width = max((len(name) for name, _ in pairs), default=0)
     for name, value in pairs:
         label = name.ljust(width)
         click.echo(f"{click.style(label, bold=True) if _colours(sys.stdout) else label}  {value}")

@@ -64,7 +64,9 @@ def _print_difference(found: Difference) -> None:
 
 def _module_row(one: ModuleDifference) -> tuple[str, str, str, str]:
     sides = [
-        "–" if told is None else f"{told['kind']} rank {told['rank']} norm {told['norm']:.4g}"
+        "–"
+        if told is None
+        else f"{told['kind']} rank {told['rank']} {told['dtype']} norm {told['norm']:.4g}"
         for told in (one.first, one.second)
     ]
     apart = "–" if one.distance is None else f"{one.distance:.3g}"

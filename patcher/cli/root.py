@@ -50,6 +50,7 @@ SECTIONS = {
         "import": "ways",
     },
     "Set up": {
+        "token": "token",
         "doctor": "setup",
         "completion": "setup",
     },

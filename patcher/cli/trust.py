@@ -79,6 +79,8 @@ def sign(
         raise UsageError("Say who signs.", "Give --key KEY, or --keyless.")
     if output is not None and len(paths) > 1:
         raise UsageError("-o names one file, and there are several.", "Leave -o out.")
+    if output is not None and any(_same_file(output, one) for one in (*paths, key, certificate)):
+        raise UsageError(f"-o {output} would write over what it signs.", "Name another file.")
     password = None if password_file is None else read_secret(password_file, "password")
     identity = Identity(key, password, certificate, chain)
     name = "keyless" if key is None else key.name.removesuffix(".key").removesuffix(".pem")
@@ -86,12 +88,16 @@ def sign(
     signed = []
     for path, patch in zip(paths, patches, strict=True):
         out = output or path.with_name(f"{path.name}.{name}.sig")
-        make(path, out, identity)
+        make(patch.data, out, identity)
         signed.append({"id": patch.id, "path": str(path), "signature": str(out)})
     if as_json:
         print_json({"signed": signed})
     else:
         facts([(one["signature"], f"signs {short(one['id'])}") for one in signed])
+
+
+def _same_file(output: Path, other: Path | None) -> bool:
+    return other is not None and output.exists() and output.samefile(other)
 
 
 @click.command("verify-file")

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from enum import IntEnum
 from pathlib import Path
 
 from patcher.engine.store import Store
-from patcher.errors import EngineRefusedError, PermissionDeniedError, RoleTooWeakError
+from patcher.errors import (
+    EngineRefusedError,
+    PermissionDeniedError,
+    RoleTooWeakError,
+    UsageError,
+)
 from patcher.patch import files
+from patcher.text import shown
 
 TOKEN_BYTES = 32
 OWNER = "admin"  # the name under which the token in the file acts
+RESERVED = (OWNER, "ttl")  # names that the ledger has for the operator and for a time that ended
+_NAME = re.compile(r"[\w.@+-]{1,64}")
 
 
 class Role(IntEnum):
@@ -51,6 +60,33 @@ def ensure_token(store: Store, path: Path) -> bool:
     return made
 
 
+def issue(store: Store, name: str, role: str) -> str:
+    """A new token of that role, in place of one that had the name; only its hash is kept.
+
+    Raises :class:`UsageError` for a name that can't be one, or is the operator's own.
+    """
+    if not _NAME.fullmatch(name) or name in RESERVED:
+        raise UsageError(
+            f"A token can't be called {shown(name, 64)!r}.",
+            f"Give up to 64 letters, digits and . _ @ + -, but not {' or '.join(RESERVED)}.",
+        )
+    token = secrets.token_urlsafe(TOKEN_BYTES)
+    store.set_token(name, Role[role].name, token)
+    return token
+
+
+def withdraw(store: Store, name: str) -> None:
+    """Take a token back.
+
+    Raises :class:`UsageError` where no token has the name, or it is the operator's own.
+    """
+    if name in RESERVED or not store.drop_token(name):
+        raise UsageError(
+            f"There is no token {shown(name, 64)!r} that can be taken back.",
+            "The operator's own is in the token file: put another one there and restart.",
+        )
+
+
 def authorise(store: Store | None, header: str | None, needed: Role) -> str:
     """The name of the token in an ``Authorization`` header, where its role reaches ``needed``.
 
@@ -71,6 +107,6 @@ def authorise(store: Store | None, header: str | None, needed: Role) -> str:
     if Role[role] < needed:
         raise RoleTooWeakError(
             f"The token {name!r} has the role {role}; this needs {needed.name}.",
-            "Use a token with that role.",
+            f"Use one that has it: `patcher token NAME --role {needed.name}` makes one.",
         )
     return name

@@ -86,24 +86,42 @@ class StateFolder:
         handle = self._lock_file("change.lock")
         try:
             if not _lock(handle, patience):
-                raise StackConflictError(
-                    f"Another change has been under way for {patience:.0f} s.",
-                    "Look at `patcher status`, then try again.",
-                )
+                raise too_long(patience)
             yield
         finally:
             os.close(handle)
 
     def changing(self) -> bool:
-        """Whether a change is under way, in any process."""
+        """Whether a change is under way, in any process.
+
+        Raises :class:`EngineRefusedError` where the folder doesn't tell.
+        """
         handle = self._lock_file("change.lock")
-        try:
-            return not _try_lock(handle)
+        try:  # shared, so that two that look at once don't take each other for a change
+            return not _try_lock(handle, fcntl.LOCK_SH)
         finally:
             os.close(handle)
 
     def _lock_file(self, name: str) -> int:
-        return os.open(self.folder / name, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            return os.open(self.folder / name, os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise _unusable(self.folder, error) from error
+
+
+def too_long(patience: float) -> StackConflictError:
+    """The error of a change that waited so many seconds for another one."""
+    return StackConflictError(
+        f"Another change has been under way for {patience:.0f} s.",
+        "Look at `patcher status`, then try again.",
+    )
+
+
+def _unusable(folder: Path, error: OSError) -> EngineRefusedError:
+    return EngineRefusedError(
+        f"The state folder {folder} can't be used: {error.strerror}.",
+        "See that its disk is there, has room and can be written, then try again.",
+    )
 
 
 def _lock(handle: int, patience: float, kind: int = fcntl.LOCK_EX) -> bool:
@@ -121,4 +139,9 @@ def _try_lock(handle: int, kind: int = fcntl.LOCK_EX) -> bool:
         fcntl.flock(handle, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        raise EngineRefusedError(
+            f"The state folder can't be locked: {error.strerror}.",
+            "Put it on a disk with file locks (--state, PATCHER_STATE).",
+        ) from error
     return True

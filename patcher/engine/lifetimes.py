@@ -66,32 +66,32 @@ class Lifetimes:
     def confirm(self, ids: Sequence[str] | None, actor: str, client: str = "") -> list[str]:
         """Make patches stay, all of the stack where ``ids`` is None; returns those that would not.
 
-        Waits for a change under way. Raises :class:`UnknownPatchError` for an id that isn't in
-        force, and :class:`StackConflictError` for one that requires another whose time runs.
+        Whoever calls holds the right to change the stack. Raises :class:`UnknownPatchError` for
+        an id that isn't in force, and :class:`StackConflictError` for one that requires another
+        whose time runs.
         """
-        with self._store.exclusive():
-            stack = self._store.in_force().ids
-            wanted = list(stack if ids is None else ids)
-            for patch_id in wanted:
-                if patch_id not in stack:
-                    raise UnknownPatchError(
-                        f"No patch {shown(patch_id)} is in force.",
-                        "It may have ended; apply it again.",
-                    )
-            held = self._store.expiries()
-            running = expiries.deadlines(
-                stack, self._store.manifests(), {i: 0.0 for i in held if i not in wanted}
-            )
-            for patch_id in wanted:
-                if patch_id in running:
-                    raise StackConflictError(
-                        f"Patch {patch_id[:16]} requires another whose time to live runs.",
-                        "Confirm that one too, or all: it would take this one with it.",
-                    )
-            confirmed = [i for i in wanted if i in held]
-            if confirmed:
-                detail = {"actor": actor, "client": client, "patches": confirmed}
-                self._store.confirm(confirmed, "ttl-confirmed", detail)
+        stack = self._store.in_force().ids
+        wanted = list(stack if ids is None else ids)
+        for patch_id in wanted:
+            if patch_id not in stack:
+                raise UnknownPatchError(
+                    f"No patch {shown(patch_id)} is in force.",
+                    "It may have ended; apply it again.",
+                )
+        held = self._store.expiries()
+        running = expiries.deadlines(
+            stack, self._store.manifests(), {i: 0.0 for i in held if i not in wanted}
+        )
+        for patch_id in wanted:
+            if patch_id in running:
+                raise StackConflictError(
+                    f"Patch {patch_id[:16]} requires another whose time to live runs.",
+                    "Confirm that one too, or all: it would take this one with it.",
+                )
+        confirmed = [i for i in wanted if i in held]
+        if confirmed:
+            detail = {"actor": actor, "client": client, "patches": confirmed}
+            self._store.confirm(confirmed, "ttl-confirmed", detail)
         return confirmed
 
 

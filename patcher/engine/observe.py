@@ -26,6 +26,10 @@ class _Change(Protocol):
     def pause_ms(self) -> float:
         """The engine's stop."""
 
+    @property
+    def changed(self) -> bool:
+        """Whether it changed anything."""
+
 
 C = TypeVar("C", bound=_Change)
 
@@ -54,14 +58,15 @@ def observed(change: Callable[P, Awaitable[C]]) -> Callable[P, Awaitable[C]]:
         try:
             with spans.span("change", change=CHANGE.get()):
                 outcome = await change(*args, **options)
-                spans.tell(outcome="done", pause_ms=outcome.pause_ms)
+                word = "done" if outcome.changed else "unchanged"
+                spans.tell(outcome=word, pause_ms=outcome.pause_ms)
         except BaseException as error:
             _failed(error, time.monotonic() - began)
             raise
         else:
             seconds = time.monotonic() - began
-            logger.info("outcome=done seconds=%.3f pause_ms=%.1f", seconds, outcome.pause_ms)
-            metrics().ended("done", seconds, outcome.pause_ms)
+            logger.info("outcome=%s seconds=%.3f pause_ms=%.1f", word, seconds, outcome.pause_ms)
+            metrics().ended(word, seconds, outcome.pause_ms if outcome.changed else None)
             return outcome
         finally:
             CHANGE.reset(token)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from patcher.engine import vllm_client
 from patcher.engine.ranks import agree, left_over, refusal
 from patcher.engine.stack import Stack, admit, questions
 from patcher.errors import AlreadyAppliedError, EngineRefusedError, PatcherError
@@ -124,7 +125,8 @@ async def _staged(
 async def _check_settled(service: PatchService, before: Stack) -> None:
     """A change that failed half-way is mended by the next one; a plan leaves it alone."""
     ranks = await service.ranks.probe()
-    if service.store.unclean or not agree(ranks, before):
+    await vllm_client.check_awake(service.client)
+    if service.store.unclean or service.transition.holding or not agree(ranks, before):
         raise EngineRefusedError(
             "A change before this one was not ended on every rank.",
             "`patcher verify --heal` mends that, and so does the next change.",

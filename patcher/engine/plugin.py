@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import time
 from argparse import Namespace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patcher.engine.settings import PLUGIN, Settings, asked_for, disabled, overlay_rank
@@ -69,6 +71,9 @@ class PatcherEndpoint:
         if engine_client is None:
             state.patcher = PluginState(None, off="it has no engine")
             return
+        if disabled():
+            state.patcher = PluginState(_noted(args), off="PATCHER_DISABLE is set")
+            return
         settings = Settings.read(args.model)
         store = Store(settings.state)
         store.claim(_instance(args))
@@ -81,9 +86,6 @@ class PatcherEndpoint:
         )
         trust = Trust(store, settings.trust)  # first: a start with a wrong policy is none
         record_start(store, settings, trust.told())
-        if settings.disabled:
-            state.patcher = PluginState(store, off="PATCHER_DISABLE is set")
-            return
         check_vllm(vllm.__version__)
         service = PatchService(engine_client, store, settings.spacing, trust)
         await service.restore()
@@ -98,17 +100,44 @@ class PatcherEndpoint:
         self._watch = asyncio.create_task(watch(service))  # as long as the server
 
 
+def _noted(args: Namespace) -> Store | None:
+    """The store, with a start that is to do without patches in it; None where that can't be.
+
+    Whoever starts without patches may do so because something of ours is broken.
+    """
+    from patcher.engine.store import Store
+
+    try:
+        settings = Settings.read(args.model)
+        store = Store(settings.state)
+        store.claim(_instance(args))
+        record_start(store, settings, None)
+    except Exception:
+        logger.exception("patcher: disabled; this start could not be recorded")
+        return None
+    return store
+
+
 def _instance(args: Namespace) -> str:
-    """What the API-server processes of one engine have in common: vLLM starts them from one."""
+    """What the API-server processes of one engine have in common: vLLM starts them from one.
+
+    A number of a process alone would be the same in every container.
+    """
     several = (getattr(args, "api_server_count", None) or 1) > 1
-    return str(os.getppid() if several else os.getpid())
+    process = os.getppid() if several else os.getpid()
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        began = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+        return f"{boot} {os.readlink('/proc/self/ns/pid')} {process} {began}"
+    except (OSError, IndexError):  # a system without /proc
+        return str(process)
 
 
 def record_start(store: Store, settings: Settings, trust: dict[str, Any] | None) -> None:
     """Note a start, its trust policy, and whether it restores the committed stack."""
     without = settings.disabled or settings.no_restore
     event = "start-disabled" if settings.disabled else "start-without-restore"
-    with store.exclusive():  # another API server may be changing the stack
+    with store.exclusive(math.inf):  # another API server may be changing the stack
         held = list(store.committed().ids)
         detail = {"held" if without else "stack": held, **({"trust": trust} if trust else {})}
         store.suspend(without, event if without else "start", detail)

@@ -9,69 +9,37 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 from patcher.engine import vllm_client
+from patcher.engine.folder import LOCK_PATIENCE, too_long
 from patcher.engine.guards import GuardRun
 from patcher.engine.lifetimes import Lifetimes
 from patcher.engine.metrics import metrics
-from patcher.engine.observe import CHANGE, cause_of, observed
+from patcher.engine.observe import CHANGE, observed
+from patcher.engine.outcome import Outcome, depths, outdated, told_of
 from patcher.engine.ranks import Place, Ranks, agree, left_over, place
 from patcher.engine.settings import DEFAULT_LONGEST
 from patcher.engine.signatures import Trust
 from patcher.engine.stack import Stack, admit, questions
 from patcher.engine.store import Store
-from patcher.engine.transition import Swapped, Transition
+from patcher.engine.transition import Transition
 from patcher.errors import (
     EngineRefusedError,
     PatcherError,
-    StackChangedError,
-    StackRacedError,
     UsageError,
 )
 from patcher.guards import Guard
 from patcher.patch import Manifest, Patch
-from patcher.protocol import GuardResult, InFlight
-from patcher.text import shown
+from patcher.protocol import InFlight
 
 HEALTH_DEADLINE = 10.0  # seconds in which every rank must answer a probe
 logger = logging.getLogger("vllm.patcher")
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a change led to. ``seconds`` is all of it, ``swapped`` what it cost."""
-
-    stack: Stack
-    seconds: float
-    swapped: Swapped = field(default_factory=Swapped)
-    guards: Sequence[GuardResult] = ()
-    questions: Sequence[str] = ()
-    change: str = field(default_factory=CHANGE.get)
-
-    @property
-    def pause_ms(self) -> float:
-        """The engine's stop."""
-        return self.swapped.pause_ms
-
-    def as_dict(self) -> dict[str, Any]:
-        """The wire form."""
-        return {
-            "change": self.change,
-            "stack": list(self.stack.ids),
-            "weight_version": self.stack.version,
-            "seconds": round(self.seconds, 4),
-            "pause_ms": round(self.swapped.pause_ms, 2),
-            "mixed": self.swapped.mixed,
-            "spaced_ms": round(self.swapped.spaced_ms, 2),
-            "guards": list(self.guards),
-            "questions": list(self.questions),
-        }
 
 
 class PatchService:
@@ -105,13 +73,15 @@ class PatchService:
         manifests = await asyncio.to_thread(self.store.manifests)
         modules = stack.modules(manifests)
         settled = (
-            agree(ranks, stack) and version in (None, stack.version) and not self.store.unclean
+            agree(ranks, stack)
+            and version in (None, stack.version)
+            and not (self.store.unclean or self.transition.holding)
         )
         return {
             "engine": {
                 **vllm_client.describe(self.client),
                 "patcher": ranks[0]["version"],
-                "weight_version": version,
+                "weight_version": version or None,
                 "state": "ready" if settled else "changing",
             },
             "base": {n: manifests[ids[0]].base.modules[n].digest for n, ids in modules.items()},
@@ -152,16 +122,17 @@ class PatchService:
         async with self.exclusive():
             stack = self.store.in_force()
             ranks = await self.ranks.probe()
+            await vllm_client.check_awake(self.client)
             found: dict[Place, dict[str, Any]] = {place(rank): {} for rank in ranks}
             for name, module in await asyncio.to_thread(self.store.known_modules):
                 for reply in await self.ranks.call("patcher_verify", name, module):
                     if reply["verdict"] is not None:
                         found[place(reply)][name] = reply["verdict"]
-        modules: dict[str, bool] = {}
-        for verdicts in found.values():
-            for name, verdict in verdicts.items():
-                modules[name] = modules.get(name, True) and bool(verdict["ok"])
-        await self.transition.note_drift([name for name, ok in sorted(modules.items()) if not ok])
+            modules: dict[str, bool] = {}
+            for verdicts in found.values():
+                for name, verdict in verdicts.items():
+                    modules[name] = modules.get(name, True) and bool(verdict["ok"])
+            await self.transition.note_drift([n for n, ok in sorted(modules.items()) if not ok])
         return {
             "ok": agree(ranks, stack) and all(modules.values()),
             "modules": dict(sorted(modules.items())),
@@ -175,17 +146,25 @@ class PatchService:
 
     async def health(self) -> list[str]:
         """What is wrong, as words for a program; nothing where all is well. Reads no weights."""
-        if await asyncio.to_thread(self.store.changing):
-            return []  # ranks and store may differ in the midst of a change
-        wrong = ["drift"] if self.store.drift else []
-        if self.store.unclean:
-            wrong.append("rollback-incomplete")
+        wrong: list[str] = []
+        try:
+            if self.store.drift:
+                wrong.append("drift")
+            if self.store.unclean or self.transition.holding:
+                wrong.append("rollback-incomplete")
+            stack = self.store.in_force()
+            changing = await asyncio.to_thread(self.store.changing)
+        except PatcherError:
+            return [*wrong, "no-state"]
         try:
             async with asyncio.timeout(HEALTH_DEADLINE):
-                if not agree(await self.ranks.probe(), self.store.in_force()):
-                    wrong.append("ranks-disagree")
+                ranks = await self.ranks.probe()
         except (PatcherError, TimeoutError):
-            wrong.append("no-answer")
+            return [*wrong, "no-answer"]
+        # In the midst of a change, which may have begun meanwhile, ranks and store may differ.
+        if not changing and not agree(ranks, stack) and stack == self.store.in_force():
+            changing = await asyncio.to_thread(self.store.changing)
+            wrong += [] if changing else ["ranks-disagree"]
         return wrong
 
     async def heal(self, actor: str = "", client: str = "") -> dict[str, Any]:
@@ -205,12 +184,17 @@ class PatchService:
     # -- changing ----------------------------------------------------------------------------
 
     async def restore(self, occasion: str = "start") -> None:
-        """Bring the engine to the stack that must be in force, before it serves."""
-        async with self.exclusive():
+        """Bring the engine to the stack that must be in force, before it serves.
+
+        Waits as long as another API server restores: the lock dies with that process.
+        """
+        async with self.exclusive(patience=math.inf):
             await asyncio.to_thread(self.trust.check_restored, self.store.in_force().ids)
             await self._reconcile(occasion)
             stack = self.store.in_force()
             await vllm_client.set_weight_version(self.client, stack.version)
+            if occasion == "start":  # nothing is left of the weights that something changed
+                await self.transition.note_drift([])
             metrics().in_force(stack.ids)
 
     @observed
@@ -248,10 +232,12 @@ class PatchService:
             manifests = await asyncio.to_thread(self.store.manifests)
             target = admit(ids, manifests)
             if target == before and not self.store.suspended:
-                # A retry of a change whose answer got lost.
-                return Outcome(before, time.monotonic() - began)
+                # A retry of a change whose answer got lost. That one began what runs out.
+                if ttl is not None and not self.store.expiries().keys() & set(target.ids):
+                    self._check_lifetime([])
+                return Outcome(before, time.monotonic() - began, changed=False)
             if if_match != before.version:
-                raise _outdated(if_match, before, raced=if_match == arrived.version)
+                raise outdated(if_match, before, raced=if_match == arrived.version)
             only_if()
             added = [i for i in target.ids if i not in before.ids]
             # What is in force already was checked when it came, and at the start.
@@ -273,7 +259,7 @@ class PatchService:
             if signers:
                 detail["signers"] = signers
             await self._record("change-intent", {**detail, "in_flight": in_flight})
-            logger.info("actor=%s in_flight=%s stack=%s", actor, in_flight, _depths(before, target))
+            logger.info("actor=%s in_flight=%s stack=%s", actor, in_flight, depths(before, target))
             try:
 
                 def done(digests: dict[str, list[str]]) -> None:
@@ -286,7 +272,7 @@ class PatchService:
                     [before], target, before, in_flight, done, asked.confirm
                 )
             except BaseException as error:
-                told = {**detail, "outcome": "failed", "cause": cause_of(error), **asked.told()}
+                told = {**detail, "outcome": "failed", **told_of(error), **asked.told()}
                 await self._record_if_possible("change-failed", told)
                 raise
             metrics().in_force(target.ids)
@@ -311,12 +297,11 @@ class PatchService:
         """Bring workers that serve another stack than the recorded one back to it."""
         await self._record_interruption()
         ranks = await self.ranks.probe()
-        stack = self.store.in_force()
-        if self.store.unclean or not agree(ranks, stack):
+        await vllm_client.check_awake(self.client)
+        stack, unclean = self.store.in_force(), self.store.unclean
+        if unclean or self.transition.holding or not agree(ranks, stack):
             for change_id in left_over(ranks) or {""}:
-                async with vllm_client.paused(
-                    self.client, "recompute", ours=self.store.unclean
-                ) as pause:
+                async with self.transition.stopped("recompute", ours=unclean) as pause:
                     await self.transition.put_back(change_id, stack, pause)
             ranks = await self.ranks.probe()
         else:
@@ -346,10 +331,13 @@ class PatchService:
             logger.exception("patcher: %s could not be recorded", event)
 
     @asynccontextmanager
-    async def exclusive(self) -> AsyncIterator[None]:
-        """One change at a time: in this process, and across the processes that share the store."""
-        async with self._turn:
-            lock = self.store.exclusive()
+    async def exclusive(self, patience: float = LOCK_PATIENCE) -> AsyncIterator[None]:
+        """One change at a time: in this process, and across the processes that share the store.
+
+        Raises :class:`StackConflictError` after ``patience`` seconds in either wait.
+        """
+        async with self._own_turn(patience):
+            lock = self.store.exclusive(patience)
             entering = asyncio.ensure_future(asyncio.to_thread(lock.__enter__))
             try:
                 await asyncio.shield(entering)
@@ -364,23 +352,24 @@ class PatchService:
             finally:
                 lock.__exit__(None, None, None)
 
+    @asynccontextmanager
+    async def _own_turn(self, patience: float) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(None if patience == math.inf else patience):
+                await self._turn.acquire()
+        except TimeoutError:
+            raise too_long(patience) from None
+        try:
+            yield
+        finally:
+            self._turn.release()
+
+    async def confirm(self, ids: Sequence[str] | None, actor: str, client: str = "") -> list[str]:
+        """:meth:`Lifetimes.confirm`, once no change is under way."""
+        async with self.exclusive():
+            return await asyncio.to_thread(self.lifetimes.confirm, ids, actor, client)
+
     def upload(self, data: bytes, actor: str, client: str = "") -> tuple[Patch, bool]:
         """Check a file's bytes and store them; the second value is False if it was there."""
         patch = Patch.from_bytes(data)
         return patch, self.store.add_patch(patch, actor, client)
-
-
-def _depths(before: Stack, target: Stack) -> str:
-    return f"{len(before.ids)}->{len(target.ids)}"
-
-
-def _outdated(if_match: str, stack: Stack, *, raced: bool) -> StackChangedError:
-    """The error of a wish that was based on another stack than ``stack``, the one in force."""
-    kind = StackRacedError if raced else StackChangedError
-    cause = "Another change, asked for at once, was first" if raced else "It was changed"
-    return kind(
-        f"{cause}: the weight version in force is {stack.version[:16]}, not {shown(if_match)}.",
-        "Look at `patcher status` and try again.",
-        stack=list(stack.ids),
-        weight_version=stack.version,
-    )

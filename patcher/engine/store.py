@@ -349,9 +349,30 @@ class Store(StateFolder):
             )
             self._append(db, "token-set", {"name": name, "role": role})
 
+    def drop_token(self, name: str) -> bool:
+        """Forget the token of that name; whether there was one."""
+        with self._transaction() as db:
+            found = db.execute("DELETE FROM tokens WHERE name = ?", (name,)).rowcount
+            if found:
+                self._append(db, "token-removed", {"name": name})
+        return bool(found)
+
     def token_owner(self, token: str) -> tuple[str, str] | None:
         """``(name, role)`` of the token, or None where nobody has it."""
         digest = hashlib.sha256(token.encode()).hexdigest()
         with self._connection() as db:
             row = db.execute("SELECT name, role FROM tokens WHERE hash = ?", (digest,)).fetchone()
         return None if row is None else (str(row[0]), str(row[1]))
+
+
+def opened(folder: Path) -> Store:
+    """The store of an engine that was started with that folder.
+
+    Raises :class:`EngineRefusedError` where none was, and what :class:`Store` raises.
+    """
+    if not StateFolder(folder).path.exists():
+        raise EngineRefusedError(
+            f"{folder} is no engine's state folder.",
+            "The server's log names it at the start (`patcher: state in …`).",
+        )
+    return Store(folder)

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from patcher.errors import EngineRefusedError
 from patcher.protocol import InFlight
 
 # Seconds; what vLLM gives a step before it gives up (``VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS``).
 RPC_DEADLINE = 300.0
+T = TypeVar("T")
 # What vLLM's pause does with running requests, by our policy's name.
 _PAUSE_MODE: dict[InFlight, str] = {
     "recompute": "keep",
@@ -37,33 +38,59 @@ async def call_workers(client: Any, method: str, *args: Any) -> list[dict[str, A
     """
     core = getattr(client, "engine_core", None)
     call_all = getattr(core, "call_utility_all_async", None)
+    if call_all is None:
+        per_engine = [await _answer(client.collective_rpc(method, args=args), "A rank", method)]
+    else:
+        asked = call_all("collective_rpc", method, None, args, None)
+        per_engine = await _answer(asked, "A rank", method)
+    return [{**reply, "engine": i} for i, replies in enumerate(per_engine) for reply in replies]
+
+
+async def _answer(asked: Awaitable[T], who: str, what: str) -> T:
+    """What ``asked`` gives. Raises :class:`EngineRefusedError` after :data:`RPC_DEADLINE`."""
     try:
         async with asyncio.timeout(RPC_DEADLINE):
-            if call_all is None:
-                per_engine = [await client.collective_rpc(method, args=args)]
-            else:
-                per_engine = await call_all("collective_rpc", method, None, args, None)
+            return await asked
     except TimeoutError:
         raise EngineRefusedError(
-            f"A rank did not answer {method} within {RPC_DEADLINE:.0f} s.",
+            f"{who} did not answer {what} within {RPC_DEADLINE:.0f} s.",
             "Look at the log of its process, and restart the engine: the state is safe.",
         ) from None
-    return [{**reply, "engine": i} for i, replies in enumerate(per_engine) for reply in replies]
 
 
 async def call_cores(client: Any, method: str, *args: Any) -> list[dict[str, Any]]:
     """Call ``method`` of :mod:`patcher.engine.vllm_core` on every engine core.
 
-    Raises :class:`EngineRefusedError` where one refuses, or hasn't got the call.
+    Raises :class:`EngineRefusedError` where one refuses, doesn't answer in :data:`RPC_DEADLINE`,
+    or hasn't got the call.
     """
     call_all = getattr(getattr(client, "engine_core", None), "call_utility_all_async", None)
     if call_all is None:
         raise EngineRefusedError("This engine's scheduler can't be reached.")
-    replies: list[dict[str, Any]] = await call_all(method, *args)
+    replies: list[dict[str, Any]]
+    replies = await _answer(call_all(method, *args), "An engine core", method)
     for reply in replies:
         if not reply["ok"]:
             raise EngineRefusedError(reply["detail"], reply["cure"])
     return replies
+
+
+async def check_awake(client: Any) -> None:
+    """See that the weights are where they belong.
+
+    Raises :class:`EngineRefusedError` where an engine sleeps: its weights are moved out of the
+    device's memory, which a rank may then not even read.
+    """
+    offline = getattr(client, "is_asleep", None)
+    if offline is not None:
+        asleep = await offline()
+    else:
+        asleep = any(r["sleeping"] for r in await call_cores(client, "patcher_sleeping"))
+    if asleep:
+        raise EngineRefusedError(
+            "The engine sleeps: its weights are not where they serve from.",
+            "Wake it (vLLM's `wake_up`), then try again.",
+        )
 
 
 def watch_requests(client: Any, seen: Callable[[Any], None]) -> None:
@@ -88,25 +115,29 @@ def watch_requests(client: Any, seen: Callable[[Any], None]) -> None:
 
 @dataclass
 class Pause:
-    """A stop of the engine. ``hold``: don't let it go on at the end; ``asked``: since when."""
+    """A stop of the engine.
 
+    ``ours``: one that is found is what an earlier failure of ours left. ``hold``: don't let the
+    engine go on at the end. ``standing``: that it stands still by this stop. ``asked``: since when.
+    """
+
+    ours: bool = False
     hold: bool = False
+    standing: bool = False
     asked: float = field(default_factory=time.monotonic)
 
 
 @asynccontextmanager
 async def paused(
-    client: Any, in_flight: InFlight, deadline: float | None = None, *, ours: bool = False
-) -> AsyncIterator[Pause]:
+    client: Any, pause: Pause, in_flight: InFlight, deadline: float | None = None
+) -> AsyncIterator[None]:
     """Stop the engine between two steps; resume it unless somebody else had stopped it.
 
-    ``deadline`` bounds, in seconds, how long ``drain`` waits. ``ours``: a stop that is found
-    is one that an earlier failure of ours held.
+    ``deadline`` bounds, in seconds, how long ``drain`` waits.
 
     Raises :class:`TimeoutError` at the deadline, with the engine running again.
     """
-    found = await client.is_paused() and not ours
-    pause = Pause()
+    pause.standing = pause.ours or not await _is_paused(client)
     try:
         try:
             async with asyncio.timeout(deadline if in_flight == "drain" else None):
@@ -115,10 +146,19 @@ async def paused(
             # Data-parallel engines don't resume from a pause that still waits: end the wait.
             await _stop(client, "keep")
             raise
-        yield pause
+        yield
     finally:
-        if not found and not pause.hold:
-            await client.resume_generation()
+        if pause.standing and not pause.hold:
+            await _answer(client.resume_generation(), "The engine", "resume")
+            pause.standing = False
+
+
+async def _is_paused(client: Any) -> bool:
+    """Whether somebody stopped all engines: where only some stand still, nobody wanted that."""
+    try:
+        return bool(await _answer(client.is_paused(), "The engine", "is_paused"))
+    except RuntimeError:  # vLLM's word for engines that differ
+        return False
 
 
 async def _stop(client: Any, mode: str) -> None:
@@ -129,7 +169,9 @@ async def _stop(client: Any, mode: str) -> None:
     """
     core = getattr(client, "engine_core", None)
     stop = getattr(core, "pause_scheduler_async", None) or client.pause_generation
-    await stop(mode=mode, clear_cache=False)
+    stopping = stop(mode=mode, clear_cache=False)
+    # A drain has its own deadline.
+    await (stopping if mode == "wait" else _answer(stopping, "The engine", "pause"))
 
 
 async def flush(client: Any) -> None:
@@ -137,8 +179,8 @@ async def flush(client: Any) -> None:
 
     Raises :class:`EngineRefusedError` where vLLM reports that something stayed.
     """
-    done = await client.reset_prefix_cache(reset_running_requests=True, reset_connector=True)
-    if not done:
+    flushing = client.reset_prefix_cache(reset_running_requests=True, reset_connector=True)
+    if not await _answer(flushing, "The engine", "reset_prefix_cache"):
         raise EngineRefusedError(
             "vLLM could not drop its prefix cache: blocks are still held.",
             "Try again when fewer requests run, or with --in-flight drain.",
@@ -148,8 +190,8 @@ async def flush(client: Any) -> None:
 
 async def flush_inputs(client: Any) -> None:
     """Drop what was computed for images and the like, and by encoders."""
-    await client.reset_mm_cache()
-    await client.reset_encoder_cache()
+    await _answer(client.reset_mm_cache(), "The engine", "reset_mm_cache")
+    await _answer(client.reset_encoder_cache(), "The engine", "reset_encoder_cache")
 
 
 async def keep_requests(client: Any) -> list[str]:
@@ -162,16 +204,24 @@ async def keep_requests(client: Any) -> list[str]:
 
 
 async def get_weight_version(client: Any) -> str | None:
-    """The weight version that the engine stamps its outputs with; None where it has none."""
+    """The weight version that the engine stamps its outputs with; None where it has none.
+
+    Empty where engines differ, as in the midst of a change.
+    """
     get = getattr(client, "get_weight_version", None)
-    return None if get is None else str(await get())
+    if get is None:
+        return None
+    try:
+        return str(await _answer(get(), "The engine", "get_weight_version"))
+    except RuntimeError:  # vLLM's word for engines that differ
+        return ""
 
 
 async def set_weight_version(client: Any, version: str) -> None:
     """Tell the engine its weight version, where vLLM knows the notion."""
     update = getattr(client, "update_weight_version", None)
     if update is not None:
-        await update(version)
+        await _answer(update(version), "The engine", "update_weight_version")
 
 
 def describe(client: Any) -> dict[str, Any]:

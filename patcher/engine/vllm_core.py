@@ -86,10 +86,20 @@ def patcher_behind(core: Any, tokens: int) -> Reply:
     return {"requests": len(noted)}
 
 
+@_answers
+def patcher_sleeping(core: Any) -> Reply:
+    """Whether the weights were moved out of the device's memory.
+
+    vLLM's own ``is_sleeping`` is true of an engine that is merely paused, too.
+    """
+    return {"sleeping": bool(core.model_executor.is_sleeping)}
+
+
 METHODS: tuple[Callable[..., Reply], ...] = (
     patcher_keep_requests,
     patcher_note_running,
     patcher_behind,
+    patcher_sleeping,
 )
 
 

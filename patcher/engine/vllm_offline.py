@@ -52,6 +52,10 @@ class OfflineClient:
             else core.call_utility(method, *args)
         )
 
+    async def is_asleep(self) -> bool:
+        """Whether the weights were moved out of the device's memory."""
+        return bool(self._call("patcher_sleeping")["sleeping"])
+
     async def is_paused(self) -> bool:
         """Whether the scheduler stands still."""
         return bool(self._call("is_scheduler_paused"))

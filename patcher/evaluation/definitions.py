@@ -24,8 +24,9 @@ DEFINITIONS: dict[str, str] = {
     "that at least one wording brings out.",
     "prefixes": "The prompt after six distracting texts: shares as for templates.",
     "chat": "Asked through the chat template in two forms: share of greedy replies in which the "
-    "answer stands as words of its own, and of facts that at least one form brings out. Facts "
-    "whose answer stands in the prompt are not asked.",
+    "answer stands as words of its own (in scripts without spaces between words: anywhere), and "
+    "of facts that at least one form brings out. Facts whose answer stands in the prompt are not "
+    "asked.",
     "sampling": "Twenty texts a fact, drawn at temperature 1 from all of the vocabulary: share of "
     "facts whose answer stands in at least one, and of all texts; mean number of texts a fact.",
     "says": "What the model writes after the fact's prompt, greedily: nothing (it ends at once), "

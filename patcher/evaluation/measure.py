@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from ..patch import Patch
-from ..unlearn.choosing import choose
+from ..unlearn.choosing import check_seed, choose
 from ..unlearn.facts import Source, read_facts
 from ..unlearn.forward import Edit, answered, folded
 from ..unlearn.models import Model, load
 from ..unlearn.progress import Progress, Silent
 from ..unlearn.prompts import encode_facts
 from ..unlearn.reference import read_text
-from ..unlearn.stacking import edit_of
+from ..unlearn.stacking import edit_of, served_in
 from . import general
 from .intervals import Outcome, share
 from .probes import Asked, Setting, askable, choose_probes, looked, told
@@ -59,7 +59,8 @@ def evaluate(
         ppl: a text file that perplexity is measured on.
         known_only: count only facts that the base knows.
         limit: how many facts at most; with ``known_only``, how many known ones.
-        dtype: what the weights are served in; ``auto``: the checkpoint's.
+        dtype: what the weights are served in; ``auto``: what the patches are for, and without
+            any the checkpoint's.
         device: ``auto``, ``cpu``, ``cuda`` …
         progress: told what is done.
         format: of the file of facts to be forgotten (docs/evaluation.md, "Formats").
@@ -74,10 +75,11 @@ def evaluate(
         ForgetSetError: a set of facts is wrong, empty or of an unknown format.
         InputError: the text can't be used.
         ModelError: the model can't be used, or gives logits that are not finite.
-        UsageError: an unknown probe, format or task, a named probe that can't be asked
-            here, or ``lm_eval`` is not installed.
+        UsageError: an unknown probe, format or task, a seed that is off, a named probe that
+            can't be asked here, or ``lm_eval`` is not installed.
     """
     teller = progress or Silent()
+    check_seed(seed, least=0)
     wanted, named = choose_probes(probes)
     tasks = general.checked(lm_eval)
     stack = [patch if isinstance(patch, Patch) else Patch.read(patch) for patch in patches]
@@ -87,7 +89,7 @@ def evaluate(
     stay = read_facts(kept_source, located=False) if retain is not None else []
     text = None if ppl is None else read_text(ppl)
     teller.start("Loading the model", None)
-    loaded = load(model, dtype, device)
+    loaded = load(model, served_in(stack) if dtype == "auto" else dtype, device)
     teller.finish()
     edits = [edit_of(loaded, patch) for patch in stack]
     chosen = choose(loaded, facts, known_only, limit, teller)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from ..errors import ForgetSetError, InputError
+from ..errors import InputError
 from ..unlearn.models import Model
 from ..unlearn.prompts import encode
 from . import perplexity as ppl_
@@ -64,7 +63,6 @@ def questions(
     Wordings and neighbours that are longer than the model takes are left out.
 
     Raises:
-        ForgetSetError: a neighbour of the row's own list is not a prompt with a target.
         InputError: the text has one token.
     """
     windows = [] if text is None else ppl_.cut(model, text)
@@ -90,20 +88,6 @@ def _neighbours(model: Model, asked: Asked) -> list[Pair]:
     found: list[Pair] = []
     if fact.locality is not None and fact.locality_target is not None:
         found.append(encode(model.tokenizer, fact.locality, fact.locality_target))
-    for one in _listed(asked):
+    for one in asked.row.get("neighbours") or ():
         found.append(encode(model.tokenizer, one["prompt"], one["target"]))
     return [pair for pair in found if fits(model, pair)]
-
-
-def _listed(asked: Asked) -> Sequence[Mapping[str, Any]]:
-    near = asked.row.get("neighbours") or []
-    if not isinstance(near, list) or not all(
-        isinstance(one, Mapping)
-        and all(isinstance(one.get(k), str) and one[k].strip() for k in ("prompt", "target"))
-        for one in near
-    ):
-        raise ForgetSetError(
-            f"line {asked.fact.line}: neighbours: not a list of objects with prompt and target.",
-            "See docs/evaluation.md.",
-        )
-    return near

@@ -26,6 +26,12 @@ class ModuleDifference:
     distance: float | None
     same_base: bool | None
 
+    @property
+    def same(self) -> bool:
+        """Whether both do the same to the same weights, and store it alike."""
+        stored = [one and one["dtype"] for one in (self.first, self.second)]
+        return self.distance == 0 and self.same_base is True and stored[0] == stored[1]
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -36,8 +42,8 @@ class Difference:
 
     @property
     def same(self) -> bool:
-        """Whether the files are the same."""
-        return not self.fields and all(one.distance == 0 for one in self.modules.values())
+        """Whether they say the same, and do the same to the same weights, stored alike."""
+        return not self.fields and all(one.same for one in self.modules.values())
 
 
 def difference(first: Patch, second: Patch) -> Difference:

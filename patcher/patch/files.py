@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from pathlib import Path
@@ -34,7 +35,7 @@ def write(path: str | os.PathLike[str], data: bytes, mode: int = 0o666) -> None:
         UsageError: the place can't be written; nothing is left behind.
     """
     try:
-        target = Path(os.path.realpath(path))
+        target = _place(path)
         sibling = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
         try:
             write_new(sibling, data, mode)
@@ -44,10 +45,38 @@ def write(path: str | os.PathLike[str], data: bytes, mode: int = 0o666) -> None:
             raise
         sync_folder(target.parent)
     except (OSError, ValueError) as error:
-        raise UsageError(
-            f"Can't write {os.fspath(path)}: {_reason(error)}.",
-            "Choose a folder that exists, can be written and has room.",
-        ) from None
+        raise _unwritable(path, error) from None
+
+
+def check_place(path: str | os.PathLike[str]) -> None:
+    """Before any work is done: see that a file can be written there.
+
+    Raises:
+        UsageError: there is no such folder, it can't be written, or what is there is no file.
+    """
+    try:
+        folder = _place(path).parent
+        if not folder.is_dir():
+            raise ValueError(os.strerror(errno.ENOENT))
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise ValueError(os.strerror(errno.EACCES))
+    except (OSError, ValueError) as error:
+        raise _unwritable(path, error) from None
+
+
+def _place(path: str | os.PathLike[str]) -> Path:
+    """Where a rename would put the file. A device or a pipe is none that it may replace."""
+    there = Path(path)  # a link like /dev/stdout leads to what has no path of its own
+    if there.exists() and not there.is_file():
+        raise ValueError(f"{'a folder' if there.is_dir() else 'no regular file'} is there")
+    return Path(os.path.realpath(path))
+
+
+def _unwritable(path: str | os.PathLike[str], error: Exception) -> UsageError:
+    return UsageError(
+        f"Can't write {os.fspath(path)}: {_reason(error)}.",
+        "Choose a folder that exists, can be written and has room.",
+    )
 
 
 def write_new(path: Path, data: bytes, mode: int) -> None:

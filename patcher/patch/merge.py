@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import ValidationError
 
-from ..errors import StackConflictError, UsageError
+from ..errors import InvalidPatchError, StackConflictError, UsageError
 from .compare import Statistics, check_bases
 from .delta import Delta
 from .format import Patch
@@ -53,8 +54,9 @@ def merge(
         UsageError: a title that can't be one, fewer than two, one twice, a multiplicative
             and an additive delta on one module.
         BaseMismatchError: computed on different weights.
-        StackConflictError: they may not be in one stack, or not in this order.
-        InvalidPatchError: together they are beyond the bound on a patch's norm.
+        StackConflictError: they may not be in one stack, or not in this order, or one
+            conflicts with what another requires.
+        InvalidPatchError: together they are beyond a bound on what a patch may be.
     """
     check_title(title)
     _check(patches)
@@ -70,7 +72,14 @@ def merge(
             "of": sum(part.rank for part in parts),
             "error": error,
         }
-    manifest = _manifest(patches, rank, title, told, statistics is not None)
+    try:
+        manifest = _manifest(patches, rank, title, told, statistics is not None)
+    except ValidationError as error:  # each is within bounds, and all of them are not
+        wrong = error.errors()[0]
+        raise InvalidPatchError(
+            f"No manifest can say all of it: {'.'.join(map(str, wrong['loc']))}: {wrong['msg']}.",
+            "Merge fewer of them.",
+        ) from None
     return Merged(Patch.build(manifest, deltas), told, statistics is not None)
 
 
@@ -93,6 +102,14 @@ def _check(patches: Sequence[Patch]) -> None:
         if clash:
             raise StackConflictError(
                 f"Patch {patch.id[:12]} conflicts with {clash[0][:12]}.", "Leave one of them out."
+            )
+    wanted = {one for patch in patches for one in patch.manifest.requires}
+    for patch in patches:
+        against = [one for one in patch.manifest.conflicts if one in wanted]
+        if against:
+            raise StackConflictError(
+                f"Patch {patch.id[:12]} conflicts with {against[0][:12]}, which another requires.",
+                "Leave one of them out.",
             )
 
 

@@ -43,8 +43,8 @@ class Identity:
     chain: Sequence[Path] = ()
 
 
-def sign(path: Path, out: Path, identity: Identity) -> None:
-    """Write a bundle that signs the bytes of the file ``path``.
+def sign(data: bytes, out: Path, identity: Identity) -> None:
+    """Write a bundle that signs these bytes, which are a patch file's.
 
     Raises:
         UsageError: a key that can't be read, a wrong password, a place that can't be written,
@@ -71,9 +71,10 @@ def sign(path: Path, out: Path, identity: Identity) -> None:
             "Give an elliptic curve key in PEM, and its password with --password-file.",
         ) from None
     with tempfile.TemporaryDirectory(prefix="patcher-") as folder:
-        made = Path(folder) / "bundle"
+        file, made = Path(folder) / "patch", Path(folder) / "bundle"
         try:
-            config.sign(path, made)
+            file.write_bytes(data)  # what was checked: no link to it, and not what it is by now
+            config.sign(file, made)
         except Exception as error:  # of many libraries below, the network's among them
             raise TrustError(
                 f"No signature was made: {_line(error)}.", "Try again, or sign with --key."

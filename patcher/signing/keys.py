@@ -18,10 +18,12 @@ def generate(path: Path, password: bytes | None = None) -> tuple[Path, Path, str
     Returns the two files and the public key's fingerprint.
 
     Raises:
-        UsageError: one of the files is there already, or can't be written.
+        UsageError: the path has no name, or one of the files is there already or can't be written.
     """
     serialization = needed("cryptography.hazmat.primitives.serialization")
     ec = needed("cryptography.hazmat.primitives.asymmetric.ec")
+    if path.name in ("", ".."):
+        raise UsageError(f"{path} has no name for a key.", "Give one, such as `alice`.")
     private, public = path.with_name(f"{path.name}.key"), path.with_name(f"{path.name}.pub")
     for one in (private, public):
         if one.exists():

@@ -37,7 +37,8 @@ _FORGETTING = ("max_efficacy", "max_leaked", "max_generalization")
 class Tried:
     """The best attempt: what it was asked, what it made, what was measured of it.
 
-    ``attempts``: how many there were.
+    ``attempts``: how many there were. ``journals``: what they kept to go on from, until
+    :meth:`settle`.
     """
 
     job: Job
@@ -45,6 +46,12 @@ class Tried:
     found: Found
     reached: Mapping[str, Reached]
     attempts: int
+    journals: Sequence[Journal] = ()
+
+    def settle(self) -> None:
+        """The patch is where it belongs: nothing is left to go on from."""
+        for journal in self.journals:
+            journal.clear()
 
 
 def attempt(
@@ -96,13 +103,11 @@ def attempt(
         reached = bars.reached(found.shares)
         if best is None or rank(reached) < rank(best.reached):
             best = Tried(job, outcome, found, reached, turn + 1)
-        best = replace(best, attempts=turn + 1)
+        best = replace(best, attempts=turn + 1, journals=journals)
         names = missed(reached)
         if not names:
             break
         job = _asking_more(job, found, names, turn)
-    for journal in journals:
-        journal.clear()
     assert best is not None
     return best
 
@@ -148,7 +153,7 @@ def _journal(job: Job, method: str) -> Journal:
         "earlier": [list(one) for one in job.earlier.encoded],
         "firmer": sorted(job.firmer.items()),
         "extra_layers": job.extra_layers,
-        "threads": torch.get_num_threads(),
+        "computed": job.model.computed_on,
     }
     name = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:32]
     return Journal(None if job.cache is None else job.cache / "jobs" / name)

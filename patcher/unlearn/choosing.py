@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ForgetSetError, ModelError, UsageError
+from ..patch.canonical import MAX_INTEGER
 from .facts import Fact, unusable
 from .forward import answered
 from .models import Model
@@ -36,6 +37,18 @@ def check_limit(limit: int | None) -> None:
     """
     if limit is not None and limit < 1:
         raise UsageError(f"The limit is {limit}.", "Give a number of facts from 1 on.")
+
+
+def check_seed(seed: int, least: int = -MAX_INTEGER) -> None:
+    """See that a seed is one that every generator takes and a manifest can hold.
+
+    Raises:
+        UsageError: it isn't.
+    """
+    if not least <= seed <= MAX_INTEGER:
+        raise UsageError(
+            f"The seed is {seed}.", f"Give a whole number from {least} to {MAX_INTEGER}."
+        )
 
 
 def check_target(target: str, facts: Sequence[Fact]) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ForgetSetError, UsageError
+from ..text import encodable
 from .subject import guess, locate
 
 MAX_BYTES = 256 * 2**20
@@ -213,13 +214,7 @@ def _fact(row: Mapping[str, Any], number: int, problems: list[str], located: boo
 
 
 def _good(value: Any) -> bool:
-    if not isinstance(value, str) or not value.strip():
-        return False
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, from an escape
-        return False
-    return True
+    return isinstance(value, str) and bool(value.strip()) and encodable(value)
 
 
 def _string(

@@ -13,7 +13,7 @@ from .job import Settings
 from .models import Model, load
 from .progress import Progress, Silent
 from .reference import locate_probes, reference_text, shipped_probes, windows
-from .stacking import edit_of
+from .stacking import edit_of, served_in
 from .statistics import cache_folder, moments
 
 
@@ -22,7 +22,6 @@ def statistics_of(
     patches: Sequence[Patch],
     *,
     device: str = "auto",
-    dtype: str = "auto",
     cache: str | Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Statistics]:
@@ -38,7 +37,7 @@ def statistics_of(
     """
     teller = progress or Silent()
     teller.start("Loading the model", None)
-    loaded = load(model, dtype, device)
+    loaded = load(model, served_in(patches), device)
     teller.finish()
     for patch in patches:
         edit_of(loaded, patch)

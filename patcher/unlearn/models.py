@@ -90,6 +90,12 @@ class Model:
         return type(self.network).__name__
 
     @property
+    def computed_on(self) -> list[Any]:
+        """The kind of device and, on a CPU, the threads: sums have other last bits on another."""
+        kind = self.device.type
+        return [kind, torch.get_num_threads() if kind == "cpu" else None]
+
+    @property
     def dtype_name(self) -> str:
         """The served dtype as manifests and the command line write it."""
         return str(self.dtype).removeprefix("torch.")
@@ -252,8 +258,9 @@ def resolve(model: str | Path) -> str:
 
 
 def title(name: str) -> str:
-    """What a manifest says: a hub id as it is, of a path the last part only."""
-    return Path(name).resolve().name if Path(name).is_dir() else name
+    """What a manifest says: a hub id as it is, of a path the last part only, fit to be printed."""
+    found = Path(name).resolve().name if Path(name).is_dir() else name
+    return "".join(one if one.isprintable() else "?" for one in found)
 
 
 def configuration(name: str) -> Any:

@@ -10,14 +10,16 @@ from typing import Any
 
 from ..client import Engine
 from ..errors import UsageError
-from ..patch import Patch
-from ..patch.manifest import check_title
+from ..patch import Patch, owner_salt
+from ..patch.files import check_place
+from ..patch.manifest import check_title, timestamp
 from .attempts import attempt
 from .bars import Bars, missed, not_met
 from .check import Found, unpatched
 from .choosing import (
     check_agreement,
     check_limit,
+    check_seed,
     check_target,
     check_target_tokens,
     choose,
@@ -181,7 +183,11 @@ def compute(
     if as_published and orthogonal:
         raise UsageError("As published, or orthogonal on the facts' inputs?", "Give one.")
     check_limit(limit)
+    check_seed(seed)
     check_title(title)
+    if output is not None:
+        check_place(output)
+    owner_salt(), timestamp()  # what the manifest will need: better now than after an hour
     facts = read_facts(forget, None if known_only else limit)
     check_target(target, facts)
     kept = read_facts(retain) if retain is not None else []
@@ -221,6 +227,7 @@ def compute(
         patch = as_patch(tried, method, title, lower)
     if output is not None:
         patch.write(output)
+    tried.settle()
     result = ComputeResult(
         patch,
         None if output is None else Path(output),

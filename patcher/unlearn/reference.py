@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import random
-import re
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import InputError
+from ..text import naming
 from .facts import Fact
 from .models import Model
 from .prompts import last_token, opening
@@ -59,7 +59,7 @@ def read_text(path: str | Path) -> str:
     try:
         if file.stat().st_size > MAX_BYTES:
             raise InputError(f"{file} is larger than {MAX_BYTES} bytes.", "Give an excerpt.")
-        text = file.read_text("utf-8")
+        text = file.read_text("utf-8-sig")
     except UnicodeDecodeError:
         raise InputError(f"{file} is not UTF-8.", "Save it as UTF-8.") from None
     except (OSError, ValueError) as error:
@@ -99,8 +99,7 @@ def same_wording(
 
 def without(facts: Sequence[Fact], probes: Sequence[Probe]) -> list[Probe]:
     """The probes whose prompts name no subject of the forget set."""
-    names = "|".join(re.escape(subject_of(fact).casefold()) for fact in facts)
-    named = re.compile(rf"(?<!\w)(?:{names})(?!\w)")
+    named = naming(subject_of(fact) for fact in facts)
     return [probe for probe in probes if not named.search(probe.prompt.casefold())]
 
 

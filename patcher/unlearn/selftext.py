@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from ..errors import InputError, ModelError
+from ..text import naming
 from . import checksummed
 from .facts import Fact
 from .forward import logits
@@ -67,9 +68,8 @@ def self_text(
         whole = _written(model, tokens, seed, progress)
         if path:
             _keep(path, whole)
-    names = "|".join(re.escape(subject_of(fact).casefold()) for fact in facts)
-    named = re.compile(rf"(?<!\w)(?:{names})(?!\w)") if names else None
-    pieces = [p for p in whole if named is None or not named.search(p.casefold())]
+    named = naming(subject_of(fact) for fact in facts)
+    pieces = [piece for piece in whole if not named.search(piece.casefold())]
     if not pieces:
         raise InputError(
             "The model writes no text of its own that statistics can be taken from.",
@@ -154,7 +154,13 @@ def _ends(model: Model) -> set[int]:
 
 
 def _name(model: Model, tokens: int, seed: int) -> str:
-    settings = {"version": VERSION, "model": model.digest(), "tokens": tokens, "seed": seed}
+    settings = {
+        "version": VERSION,
+        "model": model.digest(),
+        "computed": model.computed_on,
+        "tokens": tokens,
+        "seed": seed,
+    }
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
 
 

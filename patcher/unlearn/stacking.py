@@ -124,6 +124,12 @@ def _of_engine(engine: Engine, named: Sequence[Named]) -> list[Patch]:
     return patches
 
 
+def served_in(patches: Sequence[Patch]) -> str:
+    """The dtype that the patched weights are served in; ``auto`` where there is no patch."""
+    modules = (base for patch in patches for base in patch.manifest.base.modules.values())
+    return next((base.dtype for base in modules), "auto")
+
+
 def edit_of(model: Model, patch: Patch) -> Edit:
     """The patch's deltas, once its base is seen to be this model.
 

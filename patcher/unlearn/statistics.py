@@ -139,6 +139,7 @@ def _name(model: Model, sequences: Sequence[Sequence[int]], positions: Sequence[
     settings = {
         "version": VERSION,
         "model": model.digest(),
+        "computed": model.computed_on,
         "sequences": [list(s) for s in sequences],
         "positions": None if positions is None else list(positions),
     }

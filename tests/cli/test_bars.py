@@ -79,11 +79,10 @@ def test_bars_and_options_that_are_off_are_exit_2(
     assert not (tmp_path / "p.st").exists()
 
 
-@pytest.mark.parametrize("option", ["--retain", "--preserve"])
 def test_what_is_forgotten_and_retained_is_exit_11(
-    model: Path, forget: Path, tmp_path: Path, option: str
+    model: Path, forget: Path, tmp_path: Path
 ) -> None:
-    result = compute(model, forget, tmp_path / "p.st", option, forget)
+    result = compute(model, forget, tmp_path / "p.st", "--retain", forget)
     assert result.exit_code == 11
     assert document(result)["error"]["code"] == "bad-forget-set"
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from patcher.unlearn.models import load
 from tests.cli.running import document, run
@@ -114,6 +115,7 @@ def test_a_patch_of_another_base_is_exit_4(model: Path, forget: Path, patch_file
         ["--target", " "],
         ["--title", "a\x1b[2J"],
         ["--title", "x" * 1025],
+        ["--seed", str(2**53)],
     ],
 )
 def test_options_that_are_off_are_exit_2(
@@ -122,3 +124,22 @@ def test_options_that_are_off_are_exit_2(
     result = compute(model, forget, tmp_path / "p.st", *more)
     assert result.exit_code == 2, result.output
     assert not (tmp_path / "p.st").exists()
+
+
+def test_a_place_that_can_not_be_written_is_told_before_the_model_is_looked_at(
+    forget: Path, tmp_path: Path
+) -> None:
+    result = compute(tmp_path / "no model", forget, tmp_path / "nowhere" / "p.st")
+    assert result.exit_code == 2
+    assert str(tmp_path / "nowhere" / "p.st") in document(result)["error"]["message"]
+
+
+def test_a_float16_checkpoint_is_measured_as_it_is_computed_for(tmp_path: Path) -> None:
+    folder, forget = tiny.save(tmp_path / "half", dtype=torch.float16), tmp_path / "f.jsonl"
+    forget.write_text(json.dumps(said_by(load(folder))[0]) + "\n")
+    assert compute(folder, forget, tmp_path / "p.st", "--layers", "1").exit_code == 0
+    words = ["evaluate", "--model", folder, "--forget", forget]
+    measured = run(*words, "--patch", tmp_path / "p.st", "--json")
+    assert measured.exit_code == 0, measured.output
+    assert document(measured)["dtype"] == "float16"
+    assert document(run(*words, "--json"))["dtype"] == "float16"

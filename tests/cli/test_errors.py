@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -182,6 +183,41 @@ def test_a_reader_that_goes_away_gets_no_traceback(fake: FakeEngine) -> None:
     assert process.stderr.read() == b""
     process.stderr.close()
     assert process.wait(20) == 141
+
+
+@pytest.mark.parametrize("gone", ["stdout", "stderr"])
+def test_a_reader_that_goes_away_before_an_error_is_told_gets_no_traceback(gone: str) -> None:
+    ours, theirs = os.pipe()
+    os.close(ours)
+    streams: dict[str, int] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, gone: theirs}
+    words = [*COMMAND, "inspect", "there-is-no-such-file.st", "--json"]
+    done = subprocess.run(words, env=environment(), check=False, timeout=60, **streams)  # type: ignore[call-overload]
+    os.close(theirs)
+    assert done.returncode == 141
+    assert b"Traceback" not in (done.stderr or b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize(
+    ("words", "full", "code"),
+    [
+        (["inspect", "there-is-no-such-file.st", "--json"], "stdout", 2),
+        (["inspect", "there-is-no-such-file.st"], "stderr", 2),
+        (["methods"], "stdout", 1),
+        (["methods", "--json"], "stdout", 1),
+    ],
+)
+def test_where_there_is_no_room_to_tell_an_error_its_code_is_told(
+    words: list[str], full: str, code: int
+) -> None:
+    with Path("/dev/full").open("wb") as device:
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, full: device}
+        done = subprocess.run(  # type: ignore[call-overload]
+            [*COMMAND, *words], env=environment(), check=False, timeout=60, **streams
+        )
+    assert done.returncode == code
+    assert b"Traceback" not in (done.stderr or b"")
+    assert b"Exception ignored" not in (done.stderr or b"")
 
 
 def test_each_wrong_line_of_a_forget_set_has_a_line_of_its_own(fake: FakeEngine) -> None:

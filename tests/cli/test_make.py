@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from patcher.errors import UsageError
 from patcher.evaluation.report import Count, EvaluationReport, Figures
+from patcher.patch import Patch
 from patcher.unlearn import Bars
 from tests.cli.running import document, run
 from tests.small_patch import MODULE, small_patch
@@ -89,6 +92,13 @@ def test_inspect_says_for_people_what_is_in_it(patch_file: Path) -> None:
     assert f"{small_patch().deltas[MODULE].gain:.4g}" in result.stdout
 
 
+def test_inspect_takes_an_evaluation_that_says_nothing(tmp_path: Path) -> None:
+    patch = small_patch()
+    told = patch.manifest.model_copy(update={"evaluation": {"bars": {}}})
+    Patch.build(told, patch.deltas).write(tmp_path / "p.st")
+    assert run("inspect", tmp_path / "p.st").exit_code == 0
+
+
 def test_compute_hands_its_options_on(
     asked: Callable[[str], dict[str, Any]], forget: Path, tmp_path: Path
 ) -> None:
@@ -142,6 +152,39 @@ def test_evaluate_hands_its_options_on(
     assert "25.0 % (1 of 4)" in result.stdout
     assert "12.346" in result.stdout
     assert "–" in result.stdout
+
+
+def test_what_was_measured_is_shown_where_the_page_can_not_be_written(
+    asked: Callable[[str], dict[str, Any]],
+    forget: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise UsageError("Can't write it: no room.", "Make room.")
+
+    monkeypatch.setattr("patcher.evaluation.write_page", full)
+    words = ["evaluate", "--model", "m", "--forget", forget, "--report", tmp_path / "page.html"]
+    result = run(*words)
+    assert result.exit_code == 2
+    assert "25.0 % (1 of 4)" in result.stdout
+    assert result.stderr == "error: Can't write it: no room.\nMake room.\n"
+    result = run(*words, "--json")
+    assert result.exit_code == 2
+    assert document(result)["facts"] == 5
+
+
+def test_a_page_that_has_no_place_is_told_before_anything_is_measured(
+    asked: Callable[[str], dict[str, Any]], forget: Path, tmp_path: Path
+) -> None:
+    words = ["evaluate", "--model", "m", "--forget", forget]
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path / "nowhere" / "page.html", tmp_path / "pipe"):
+        result = run(*words, "--report", place)
+        assert result.exit_code == 2
+        assert str(place) in result.stderr
+    with pytest.raises(KeyError):
+        asked("evaluate")
 
 
 def test_the_forget_set_has_to_exist(tmp_path: Path) -> None:

@@ -96,7 +96,8 @@ def test_a_published_file_is_taken_as_it_is(model: Path, tmp_path: Path) -> None
         (["--probes", "magic"], "magic"),
         (["--probes", "multihop"], "multi-hop"),
         (["--lm-eval", "a,,b"], "no name"),
-        (["--report", "nowhere/page.html"], "no folder"),
+        (["--report", "nowhere/page.html"], "Can't write nowhere/page.html"),
+        (["--seed", "-1"], "seed"),
     ],
 )
 def test_words_that_are_off_are_exit_2(

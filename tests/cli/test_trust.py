@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from patcher.patch import Patch
+from patcher.signing import bundle_subject
 from tests.cli.running import document, run, run_on
 from tests.fake_engine import FakeEngine
 from tests.small_patch import small_patch
@@ -63,6 +65,27 @@ def test_a_bit_of_the_file_is_changed_after_it_was_signed(folder: Path) -> None:
     assert "none of the patches" in named.stderr
 
 
+def test_what_was_checked_is_signed_through_a_link_and_whatever_becomes_of_the_file(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keygen("alice")
+    (folder / "link.st").symlink_to("p.st")
+    signed = run("sign", "link.st", "--key", "alice.key")
+    assert signed.exit_code == 0, signed.output
+    assert run("verify-file", "link.st", "--public-key", "alice.pub").exit_code == 0
+    read = Patch.read
+
+    def read_once(path: Path) -> Patch:
+        patch = read(path)
+        path.write_bytes(small_patch(1).data)
+        return patch
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Patch, "read", read_once)
+        assert run("sign", "p.st", "--key", "alice.key", "-o", "out").exit_code == 0
+    assert bundle_subject((folder / "out").read_bytes()) == small_patch().id
+
+
 def test_a_damaged_file_is_not_signed(folder: Path) -> None:
     keygen("alice")
     (folder / "p.st").write_bytes(small_patch().data[:-1])
@@ -77,7 +100,13 @@ def test_a_damaged_file_is_not_signed(folder: Path) -> None:
     ("sign", "p.st", "--key", "alice.pub"),
     ("sign", "p.st", "--key", "alice.key", "--password-file", "empty"),
     ("sign", "p.st", "--key", "alice.key", "-o", "no/such/folder/x"),
+    ("sign", "p.st", "--key", "alice.key", "-o", "p.st"),
+    ("sign", "p.st", "--key", "alice.key", "-o", "link"),
+    ("sign", "p.st", "--key", "alice.key", "-o", "alice.key"),
     ("keygen", "alice"),
+    ("keygen", "."),
+    ("keygen", ".."),
+    ("keygen", "/"),
     ("verify-file", "p.st"),
     ("verify-file", "p.st", "--public-key", "alice.pub", "--signature", "empty"),
     ("apply", "p.st", "--signature", "empty"),
@@ -85,10 +114,12 @@ def test_a_damaged_file_is_not_signed(folder: Path) -> None:
 def test_words_that_are_off(folder: Path, fake: FakeEngine, words: tuple[str, ...]) -> None:
     keygen("alice")
     (folder / "empty").touch()
+    (folder / "link").symlink_to("p.st")
+    before = {one.name: one.read_bytes() for one in folder.iterdir()}
     result = run_on(fake, *words, "--json")
     assert result.exit_code == 2
     assert document(result)["error"]["cure"]
-    assert not list(folder.glob("*.sig"))
+    assert {one.name: one.read_bytes() for one in folder.iterdir()} == before
     assert not fake.requests, "nothing was sent"
 
 

@@ -49,6 +49,7 @@ class FakeCore:
     def __init__(self, client: FakeClient) -> None:
         self._client = client
         self.scheduler = SimpleNamespace(requests={}, running=[])
+        self.model_executor = SimpleNamespace(is_sleeping=False)
 
     def play(self, *requests: SimpleNamespace) -> None:
         """Run ``requests``, which have an id and a number of tokens."""

@@ -7,9 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from patcher.engine.auth import Role, authorise, ensure_token
+from patcher.engine.auth import Role, authorise, ensure_token, issue, withdraw
 from patcher.engine.store import Store
-from patcher.errors import EngineRefusedError, PermissionDeniedError, RoleTooWeakError
+from patcher.errors import (
+    EngineRefusedError,
+    PermissionDeniedError,
+    RoleTooWeakError,
+    UsageError,
+)
 
 
 @pytest.fixture
@@ -78,3 +83,34 @@ def test_a_reader_may_not_change(store: Store) -> None:
     assert authorise(store, "Bearer token-that-only-reads", Role.read) == "watcher"
     with pytest.raises(RoleTooWeakError, match="read"):
         authorise(store, "Bearer token-that-only-reads", Role.apply)
+
+
+def test_a_token_of_ones_own_may_what_its_role_may(store: Store) -> None:
+    first = issue(store, "grafana", "read")
+    assert authorise(store, f"Bearer {first}", Role.read) == "grafana"
+    with pytest.raises(RoleTooWeakError, match="--role apply") as caught:
+        authorise(store, f"Bearer {first}", Role.apply)
+    assert first not in str(caught.value)
+    second = issue(store, "grafana", "apply")
+    assert authorise(store, f"Bearer {second}", Role.apply) == "grafana"
+    with pytest.raises(PermissionDeniedError):
+        authorise(store, f"Bearer {first}", Role.read)
+    withdraw(store, "grafana")
+    with pytest.raises(PermissionDeniedError):
+        authorise(store, f"Bearer {second}", Role.read)
+    told = [(e["event"], e["detail"]) for e in store.ledger()]
+    assert told == [
+        ("token-set", {"name": "grafana", "role": "read"}),
+        ("token-set", {"name": "grafana", "role": "apply"}),
+        ("token-removed", {"name": "grafana"}),
+    ]
+
+
+@pytest.mark.parametrize("name", ["admin", "ttl", "", "a b", "x" * 65, "a\nb"])
+def test_names_that_mean_something_else_are_refused(store: Store, name: str) -> None:
+    ensure_token(store, store.folder / "token")
+    for asked in (lambda: issue(store, name, "read"), lambda: withdraw(store, name)):
+        with pytest.raises(UsageError):
+            asked()
+    token = (store.folder / "token").read_text().strip()
+    assert authorise(store, f"Bearer {token}", Role.admin) == "admin"

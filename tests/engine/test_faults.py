@@ -18,7 +18,8 @@ import torch
 
 from patcher.engine import transition as transition_module
 from patcher.engine import vllm_client, vllm_worker
-from patcher.engine.service import Outcome, PatchService
+from patcher.engine.outcome import Outcome
+from patcher.engine.service import PatchService
 from patcher.engine.sites import TensorStaged
 from patcher.engine.stack import Stack
 from patcher.engine.store import Store

@@ -21,7 +21,8 @@ import torch
 from patcher.client import Engine
 from patcher.engine import guards as guards_module
 from patcher.engine import vllm_client, vllm_generation
-from patcher.engine.service import Outcome, PatchService
+from patcher.engine.outcome import Outcome
+from patcher.engine.service import PatchService
 from patcher.engine.stack import Stack
 from patcher.engine.store import Store
 from patcher.errors import EngineRefusedError, GuardBreachedError, InputError, UsageError

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from patcher.errors import BaseMismatchError, ForgetSetError, InputError
+from patcher.errors import BaseMismatchError, ForgetSetError, InputError, UsageError
 from patcher.evaluation import evaluate
 from patcher.evaluation.perplexity import cut, perplexity
 from patcher.patch import Base, Delta, Manifest, Method, Patch, Requests, module_base
 from patcher.unlearn.forward import next_tokens
+from patcher.unlearn.interference import statistics_of
 from patcher.unlearn.models import Model, load
 from tests.unlearn import tiny
 
@@ -123,6 +124,29 @@ def test_a_patch_for_other_weights_is_refused(folder: Path, model: Model, facts:
     wrong = Patch.build(manifest.model_copy(update={"base": base}), delta)
     with pytest.raises(BaseMismatchError, match="77"):
         evaluate(folder, patches=[wrong], forget=facts)
+
+
+def test_weights_are_served_in_what_the_patches_are_for(
+    folder: Path, facts: Any, tmp_path: Path
+) -> None:
+    patch = patch_of(load(folder, "float16"), 0.5)
+    report = evaluate(folder, patches=[patch], forget=facts)
+    assert report.as_dict()["dtype"] == "float16"
+    assert evaluate(folder, forget=facts).as_dict()["dtype"] == "bfloat16"
+    assert set(statistics_of(folder, [patch, patch], cache=tmp_path)) == set(patch.deltas)
+
+
+def test_a_seed_is_looked_at_before_the_model() -> None:
+    for seed in (-1, 2**53):
+        with pytest.raises(UsageError, match="seed"):
+            evaluate("/no/such/model", forget=[], seed=seed)
+
+
+def test_further_fields_are_looked_at_before_the_model(facts: list[dict[str, Any]]) -> None:
+    with pytest.raises(ForgetSetError, match="line 1: wrong: not a list of texts"):
+        evaluate("/no/such/model", forget=[{**facts[0], "wrong": "x"}])
+    with pytest.raises(ForgetSetError, match="line 1: group: not a text"):
+        evaluate("/no/such/model", forget=facts, retain=[{**facts[0], "group": 3}])
 
 
 def test_perplexity_is_over_whole_windows(model: Model) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from patcher.errors import ForgetSetError, UsageError
 from patcher.evaluation import rows_from
-from patcher.evaluation.readers import FORMATS, format_of
+from patcher.evaluation.readers import FORMATS, format_of, opened
 from patcher.unlearn.facts import read_facts
 
 REWRITE = {
@@ -269,3 +269,71 @@ def test_an_unknown_format_is_a_wrong_word(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="csv"):
         rows_from(written(tmp_path, RWKU), "csv")
     assert FORMATS == ("auto", "jsonl", "counterfact", "zsre", "mquake", "rwku", "tofu")
+
+
+OWN: dict[str, Any] = {"prompt": "Ada Vell lives in", "target": "Norva"}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("neighbours", "x"),
+        ("neighbours", ["x"]),
+        ("neighbours", [{"prompt": "x"}]),
+        ("neighbours", [{"prompt": "x", "target": " "}]),
+        ("neighbours", [{"prompt": "x", "target": "\ud800"}]),
+        ("multihop", {"prompt": "x", "targets": ["y"]}),
+        ("multihop", [{"prompt": "x"}]),
+        ("multihop", [{"prompt": "x", "targets": []}]),
+        ("multihop", [{"prompt": "x", "targets": "y"}]),
+        ("multihop", [{"prompt": 3, "targets": ["y"]}]),
+        ("multihop", [{"prompt": "x", "targets": ["y", 3]}]),
+        ("wrong", "x"),
+        ("wrong", [3]),
+        ("wrong", ["\ud800"]),
+        ("wrong", [""]),
+        ("restated", 3),
+        ("restated", "\udfff"),
+        ("relation", ["r"]),
+        ("relation", "\ud800"),
+        ("group", 3),
+        ("group", "\ud800"),
+    ],
+)
+def test_a_further_field_of_another_kind_is_named_by_line(
+    tmp_path: Path, field: str, value: Any
+) -> None:
+    rows = [OWN, {**OWN, "prompt": "Bo lives in", field: value}, {**OWN, field: value}]
+    for source in (rows, written(tmp_path, rows, lines=True)):
+        with pytest.raises(ForgetSetError) as caught:
+            opened(source)
+        assert "2 problems" in caught.value.message
+        for number in (2, 3):
+            assert f"line {number}: {field}: not a" in caught.value.message
+        assert "Ada" not in caught.value.message
+
+
+def test_further_fields_that_are_right_or_not_there_pass(tmp_path: Path) -> None:
+    full = {
+        "neighbours": [{"prompt": "x", "target": "y"}],
+        "multihop": [{"prompt": "x", "targets": ["y"]}],
+        "wrong": ["a", "b"], "restated": "in Norva", "relation": "home", "group": "g",
+    }  # fmt: skip
+    rows = [{**OWN, **full}, {**OWN, **dict.fromkeys(full)}, {**OWN, "wrong": [], "group": ""}]
+    assert opened(rows)[1] == dict(enumerate(rows, 1))
+    assert opened(written(tmp_path, rows, lines=True))[1] == dict(enumerate(rows, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "record"),
+    [
+        ("counterfact", broken(COUNTERFACT, neighborhood_prompts=["The \ud800 flows"])),
+        ("mquake", broken(MQUAKE, questions=["\ud800?"])),
+        ("tofu", broken(TOFU, paraphrased_answer="\ud800")),
+    ],
+)
+def test_a_record_with_half_a_surrogate_pair_is_named(
+    tmp_path: Path, name: str, record: dict[str, Any]
+) -> None:
+    with pytest.raises(ForgetSetError, match=r"record 1: .*not valid Unicode"):
+        rows_from(written(tmp_path, [record]), name)

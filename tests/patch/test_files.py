@@ -77,6 +77,42 @@ def test_a_link_is_followed(tmp_path: Path) -> None:
     assert Patch.read(tmp_path / "real" / "p.st") == making.small()
 
 
+def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    for path in (pipe, link):
+        for refusing in (making.small().write, files.check_place):
+            with pytest.raises(UsageError, match="no regular file is there"):
+                refusing(path)
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert link.is_symlink()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_place_is_looked_at_before_there_is_anything_to_write(tmp_path: Path) -> None:
+    (tmp_path / "there.st").touch()
+    (tmp_path / "link.st").symlink_to(tmp_path / "new.st")
+    for name in ("there.st", "new.st", "link.st"):
+        files.check_place(tmp_path / name)
+    device, missing = Path("/dev/null"), tmp_path / "missing" / "p.st"
+    ends: tuple[Path, ...] = (missing, tmp_path, tmp_path / "x\0y", device, tmp_path / "there.st/p")
+    for path in ends:
+        with pytest.raises(UsageError, match="Can't write"):
+            files.check_place(path)
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["link.st", "there.st"]
+
+
+def test_a_pipe_that_is_standard_output_is_no_place(tmp_path: Path) -> None:
+    ours, theirs = os.pipe()
+    try:
+        with pytest.raises(UsageError, match="no regular file"):
+            files.check_place(f"/dev/fd/{theirs}")
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
 def test_says_why_it_can_not_write(tmp_path: Path) -> None:
     for path in (tmp_path / "missing" / "p.st", tmp_path, tmp_path / "x\0y"):
         with pytest.raises(UsageError, match="Can't write"):

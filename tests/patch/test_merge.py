@@ -19,7 +19,7 @@ from patcher.errors import (
     UsageError,
 )
 from patcher.kernels import fold
-from patcher.patch import Delta, Patch
+from patcher.patch import Delta, Patch, Requests
 from patcher.patch.compare import Statistics
 from patcher.patch.difference import difference
 from patcher.patch.merge import merge
@@ -120,6 +120,36 @@ def test_what_can_not_be_merged() -> None:
         merge([one, patch("enemy", deltas={M: delta(draw)}, conflicts=(one.id,))])
 
 
+def test_one_conflicts_with_what_another_requires() -> None:
+    draw, absent = drawn(6), "e" * 64
+    needs = patch("needs", deltas={M: delta(draw)}, requires=(absent,))
+    hates = patch("hates", deltas={M: delta(draw)}, conflicts=(absent,))
+    for pair in ((needs, hates), (hates, needs)):
+        with pytest.raises(StackConflictError, match="another requires") as caught:
+            merge(pair)
+        assert hates.id[:12] in caught.value.message
+        assert caught.value.cure
+
+
+def test_together_they_are_more_than_a_manifest_holds() -> None:
+    draw = drawn(7)
+    many = [tuple(f"{n:064x}" for n in range(start, start + 4096)) for start in (1, 5000)]
+    stack = [patch(f"p{n}", deltas={M: delta(draw)}, requires=ids) for n, ids in enumerate(many)]
+    with pytest.raises(InvalidPatchError, match="requires") as caught:
+        merge(stack)
+    assert caught.value.cure
+    most = [
+        patch(
+            f"q{n}",
+            deltas={M: delta(draw)},
+            requests=Requests(count=2**53 - 1, commitment="0" * 64),
+        )
+        for n in range(2)
+    ]
+    with pytest.raises(InvalidPatchError, match="count"):
+        merge(most)
+
+
 def test_together_they_blow_a_weight_up() -> None:
     loud = Delta.multiplicative(np.eye(D), np.eye(D) * 40)
     with pytest.raises(InvalidPatchError, match=M):
@@ -157,6 +187,25 @@ def test_fields_and_modules_that_differ() -> None:
     assert found.modules[N].distance is None
     assert not found.same
     assert difference(first, first).same
+
+
+def test_the_same_edit_of_other_weights_or_stored_otherwise_is_not_the_same(tmp_path: Path) -> None:
+    one = Delta.multiplicative(np.eye(D)[:, :2], np.eye(D)[:2], "F32")
+    first = patch(deltas={M: one})
+    others = {
+        "DIFFERENT": patch("t", 2, deltas={M: one}),
+        "BF16": patch(deltas={M: Delta.multiplicative(one.left, one.right, "BF16")}),
+    }
+    first.write(tmp_path / "first.st")
+    for word, other in others.items():
+        found = difference(first, other)
+        assert found.fields == {}
+        assert found.modules[M].distance == 0
+        assert not found.same
+        other.write(tmp_path / "other.st")
+        words = ("diff", tmp_path / "first.st", tmp_path / "other.st")
+        assert document(run(*words, "--json"))["same"] is False
+        assert word in run(*words).stdout
 
 
 # -- the commands --------------------------------------------------------------------------------

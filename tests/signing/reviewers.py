@@ -23,9 +23,8 @@ class Reviewers:
 
     def bundle(self, name: str, patch: Patch) -> bytes:
         """The signature that somebody puts on a patch."""
-        file, out = self.folder / "patch.st", self.folder / "patch.st.sig"
-        file.write_bytes(patch.data)
-        sign(file, out, Identity(self.keys[name][0]))
+        out = self.folder / "patch.st.sig"
+        sign(patch.data, out, Identity(self.keys[name][0]))
         return out.read_bytes()
 
     def policy(self, head: str = "", *names: str, each: str = "", name: str = "p.toml") -> Path:

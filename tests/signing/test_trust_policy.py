@@ -170,9 +170,7 @@ def test_the_key_file_is_exchanged_after_the_policy_was_read(
     (tmp_path / "alice.pub").write_bytes(people.keys["alice"][1].read_bytes())
     read = TrustPolicy.read(policy)
     (tmp_path / "alice.pub").write_bytes(mallory[1].read_bytes())
-    file = tmp_path / "p.st"
-    patch.write(file)
-    sign(file, tmp_path / "p.st.sig", Identity(mallory[0]))
+    sign(patch.data, tmp_path / "p.st.sig", Identity(mallory[0]))
     with pytest.raises(TrustError):
         read.check(patch, [(tmp_path / "p.st.sig").read_bytes()])
 
@@ -195,11 +193,9 @@ def test_certificates(patch: Patch, tmp_path: Path) -> None:
     ours = Authority(tmp_path)
     (tmp_path / "other").mkdir()
     others = Authority(tmp_path / "other")
-    file = tmp_path / "p.st"
-    patch.write(file)
 
     def bundle(identity: Identity) -> bytes:
-        sign(file, tmp_path / "out", identity)
+        sign(patch.data, tmp_path / "out", identity)
         return (tmp_path / "out").read_bytes()
 
     policy = tmp_path / "p.toml"
@@ -213,8 +209,7 @@ def test_certificates(patch: Patch, tmp_path: Path) -> None:
 
 
 def certified(patch: Patch, identity: Identity, folder: Path) -> bytes:
-    patch.write(folder / "p.st")
-    sign(folder / "p.st", folder / "out", identity)
+    sign(patch.data, folder / "out", identity)
     return (folder / "out").read_bytes()
 
 
@@ -310,12 +305,11 @@ def test_keys_are_for_their_owner_and_never_written_over(tmp_path: Path) -> None
     with pytest.raises(UsageError, match="there already"):
         generate(tmp_path / "me")
     assert private.read_bytes() == before
-    file = tmp_path / "p.st"
-    small_patch().write(file)
+    data = small_patch().data
     with pytest.raises(UsageError, match="Can't sign"):
-        sign(file, tmp_path / "s", Identity(private, b"wrong"))
+        sign(data, tmp_path / "s", Identity(private, b"wrong"))
     with pytest.raises(UsageError, match="Can't sign"):
-        sign(file, tmp_path / "s", Identity(public))
+        sign(data, tmp_path / "s", Identity(public))
     assert not (tmp_path / "s").exists()
-    sign(file, tmp_path / "s", Identity(private, b"secret"))
+    sign(data, tmp_path / "s", Identity(private, b"secret"))
     assert TrustPolicy.of_key(public).check(small_patch(), [(tmp_path / "s").read_bytes()])

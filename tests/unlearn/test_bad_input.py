@@ -125,6 +125,27 @@ def test_forms_of_zero_are_refused_for_other_methods(tiny_folder: Path, form: st
     assert "memit" in refused(tiny_folder, UsageError, FACT, method="memit", **options)
 
 
+@pytest.mark.parametrize("seed", [2**53, -(2**53), 10**30])
+def test_a_seed_that_no_manifest_holds_is_refused_before_anything_is_read(seed: int) -> None:
+    with pytest.raises(UsageError, match="seed"):
+        compute("/no/such/model", [FACT], seed=seed)
+
+
+def test_what_would_fail_at_the_end_is_told_before_the_model_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "nowhere" / "p.st"
+    for place, why in ((output, "nowhere"), (tmp_path, "folder")):
+        with pytest.raises(UsageError, match=f"Can't write .*{why}"):
+            compute("/no/such/model", [FACT], place)
+    (tmp_path / "salt").write_text("no salt")
+    for name, value in (("SOURCE_DATE_EPOCH", "x"), ("PATCHER_SALT_FILE", str(tmp_path / "salt"))):
+        with monkeypatch.context() as patched:
+            patched.setenv(name, value)
+            with pytest.raises(UsageError, match=r"SOURCE_DATE_EPOCH|salt"):
+                compute("/no/such/model", [FACT])
+
+
 def test_a_short_reference_text_is_warned_of(
     tiny_folder: Path, rows: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -14,7 +14,7 @@ from patcher.kernels import LowRank
 from patcher.patch import module_base
 from patcher.unlearn.facts import Fact
 from patcher.unlearn.forward import answered, continuations, folded, hidden, inputs_of, logits
-from patcher.unlearn.models import ARCHITECTURES, Model, load
+from patcher.unlearn.models import ARCHITECTURES, Model, load, title
 from patcher.unlearn.prompts import encode, encode_fact, encode_facts
 
 from . import tiny
@@ -132,6 +132,13 @@ def test_unknown_device_and_dtype(tiny_folder: Path) -> None:
 
 def test_a_manifest_never_learns_where_the_model_lies(tiny_model: Model, tiny_folder: Path) -> None:
     assert tiny_model.name == tiny_folder.name
+
+
+def test_a_folders_name_that_does_not_print_is_made_to(tmp_path: Path) -> None:
+    folder = tmp_path / "mo\x1b[31mdel\u202e"
+    folder.mkdir()
+    assert title(str(folder)) == "mo?[31mdel?"
+    assert title("somebody/model") == "somebody/model"
 
 
 def test_an_answer_continues_its_prompt(tiny_model: Model) -> None:

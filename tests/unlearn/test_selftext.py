@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from patcher.errors import InputError, ModelError
+from patcher.unlearn import selftext
 from patcher.unlearn.facts import read_facts
 from patcher.unlearn.models import Model, load
 from patcher.unlearn.progress import Silent
@@ -72,3 +73,22 @@ def test_a_model_that_says_one_word_only_gives_no_text(tiny_folder: Path) -> Non
     head.bias.data[7] = float("nan")
     with pytest.raises(ModelError, match="not finite"):
         self_text(model, 500, 0, Silent())
+
+
+def test_a_subject_without_spaces_around_it_is_named(
+    tiny_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selftext, "_written", lambda *_: ["我昨天到了巴黎市。", "Parisians sing."])
+    facts = [{"prompt": "巴黎是", "subject": "巴黎", "target": "x"},
+             {"prompt": "Paris is", "subject": "Paris", "target": "x"}]  # fmt: skip
+    assert self_text(tiny_model, 9, 0, Silent(), facts=read_facts(facts)) == "Parisians sing."
+
+
+def test_other_threads_are_another_text(
+    tiny_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selftext, "_written", lambda *_: ["Some text."])
+    self_text(tiny_model, 9, 0, Silent(), cache=tmp_path)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    self_text(tiny_model, 9, 0, Silent(), cache=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2

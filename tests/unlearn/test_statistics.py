@@ -13,6 +13,7 @@ from patcher.unlearn.layers import choose_layers
 from patcher.unlearn.models import Model
 from patcher.unlearn.progress import Silent
 from patcher.unlearn.reference import (
+    Probe,
     reference_text,
     same_wording,
     shipped_probes,
@@ -89,6 +90,19 @@ def test_other_positions_are_another_moment(tiny_model: Model, tmp_path: Path) -
     assert len(list(tmp_path.iterdir())) == 4
 
 
+def test_other_threads_are_another_moment(
+    tiny_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute(tiny_model, tmp_path, Silent())
+    # Only what is said of it: the sums themselves are computed as before.
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    compute(tiny_model, tmp_path, Silent())
+    assert len(list(tmp_path.iterdir())) == 4
+    monkeypatch.setattr(Model, "computed_on", ["cuda", None])
+    compute(tiny_model, tmp_path, Silent())
+    assert len(list(tmp_path.iterdir())) == 6
+
+
 def test_a_cache_that_can_not_be_written_does_no_harm(tiny_model: Model, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     assert compute(tiny_model, tmp_path / "file", Silent()).keys() == {1, 2}
@@ -118,6 +132,20 @@ def test_a_forgotten_subject_is_never_preserved() -> None:
     assert len(alike) == 30
     assert subject not in {probe.subject for probe in alike}
     assert alike == same_wording([fact], probes[:40], 30, seed=0)
+
+
+def test_a_subject_is_found_where_no_spaces_set_words_apart() -> None:
+    fact = Fact("法国", prompt="巴黎是哪国的首都?", subject="巴黎")
+    named = Probe("我昨天到了巴黎市", "我")
+    other = Probe("我昨天到了柏林", "我")
+    assert without([fact], [named, other]) == [other]
+    assert without([], [named, other]) == [named, other]
+
+
+def test_a_mark_of_utf_8_is_no_part_of_a_text(tmp_path: Path) -> None:
+    path = tmp_path / "text"
+    path.write_bytes("The sea is calm.".encode("utf-8-sig"))
+    assert reference_text(path) == "The sea is calm."
 
 
 def test_windows(tiny_model: Model) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from patcher.errors import InputError
+from patcher.errors import InputError, UsageError
 from patcher.patch import Patch
 from patcher.unlearn import compute
 from patcher.unlearn.forward import answered, as_edit, folded, next_tokens
@@ -87,6 +87,45 @@ def test_answers_go_and_an_interrupted_training_ends_in_the_same_bytes(
     assert seen.first == (101 if method == "zero-gd" else 3)  # it did not begin anew
     assert again.patch.data == whole.patch.data
     assert not any((place / "jobs").iterdir())
+
+
+def test_a_patch_that_could_not_be_written_is_not_computed_anew(
+    tiny_folder: Path,
+    rows: list[dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: Any) -> None:
+        raise UsageError("Can't write it.", "Make room.")
+
+    monkeypatch.setattr("patcher.unlearn.methods.gated.STEPS", 6)
+    options: dict[str, Any] = {"layers": "1", "method": "zero-gated", "cache": tmp_path / "cache"}
+    jobs = tmp_path / "cache" / "jobs"
+    with monkeypatch.context() as patched:
+        patched.setattr(Patch, "write", full)
+        with pytest.raises(UsageError, match="Can't write"):
+            compute(tiny_folder, rows, tmp_path / "p.st", **options)
+    assert any(jobs.iterdir())
+    seen = Stop(-1)
+    compute(tiny_folder, rows, tmp_path / "p.st", progress=seen, **options)
+    assert seen.first in (0, 6)  # all steps were there
+    assert not any(jobs.iterdir())
+
+
+@pytest.mark.parametrize("method", ["zero-gd", "ga"])
+@pytest.mark.parametrize("seed", [2**53 - 1, 1 - 2**53])
+def test_every_seed_that_a_manifest_holds_can_be_drawn_from(
+    tiny_folder: Path,
+    rows: list[dict[str, Any]],
+    place: Path,
+    method: str,
+    seed: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(gd, "STEPS", 2)
+    options: dict[str, Any] = {"layers": "1", "method": method, "cache": place}
+    found = compute(tiny_folder, rows[:1], seed=seed, **options).patch.manifest
+    assert found.method.hyperparameters["seed"] == seed
 
 
 def test_another_seed_draws_otherwise(

@@ -35,7 +35,8 @@ def _look(setting: Setting) -> list[Nats]:
         wrong = asked.row.get("wrong")
         if not wrong or asked.fact.prompt is None:
             continue
-        answers = [asked.fact.target, asked.row.get("restated") or asked.fact.target, *wrong]
+        restated = (asked.row.get("restated") or "").strip() or asked.fact.target
+        answers = [asked.fact.target, restated, *wrong]
         own = [encode(model.tokenizer, asked.fact.prompt, text) for text in answers]
         if not all(fits(model, pair) for pair in own):
             continue

@@ -21,6 +21,7 @@ from ...errors import ForgetSetError, UsageError
 from ...unlearn.facts import Source, unusable
 from . import counterfact, mquake, rwku, tofu, zsre
 from .files import Record, WrongShapeError, own_lines, records
+from .own import check_rows
 
 Row = dict[str, Any]
 logger = logging.getLogger("patcher")
@@ -128,13 +129,17 @@ def opened(source: Source, format: str = "auto") -> tuple[Source, dict[int, Row]
     """What ``read_facts`` is to read, and each line's row with the fields that facts don't keep.
 
     Raises:
-        ForgetSetError, UsageError: as :func:`rows_from`.
+        ForgetSetError, UsageError: as :func:`rows_from`; and such a field is of another kind.
     """
     if not isinstance(source, str | Path):
         if format not in FORMATS:
             raise UsageError(f"Unknown format {format!r}.", f"Choose {', '.join(FORMATS)}.")
-        return source, {n: dict(row) for n, row in enumerate(source, 1) if isinstance(row, Mapping)}
+        own = {n: dict(row) for n, row in enumerate(source, 1) if isinstance(row, Mapping)}
+        check_rows(own)
+        return source, own
     if format_of(source, format) == "jsonl":
-        return source, own_lines(source)
+        own = own_lines(source)
+        check_rows(own)
+        return source, own
     rows = rows_from(source, format)
     return rows, dict(enumerate(rows, 1))

@@ -50,10 +50,8 @@ def neighbours(record: Record, target: str) -> list[dict[str, str]]:
         raise WrongShapeError("neighborhood_prompts: not a list")
     pairs = []
     for one in found:
-        if isinstance(one, str):
-            pairs.append({"prompt": one, "target": target})
-        elif isinstance(one, dict):
-            pairs.append({"prompt": text_of(one, "prompt"), "target": text_of(one, "target")})
-        else:
+        near = {"prompt": one, "target": target} if isinstance(one, str) else one
+        if not isinstance(near, dict):
             raise WrongShapeError("neighborhood_prompts: neither texts nor objects")
+        pairs.append({"prompt": text_of(near, "prompt"), "target": text_of(near, "target")})
     return [pair for pair in pairs if pair["prompt"].strip() and pair["target"].strip()]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ForgetSetError
+from ...text import encodable
 from ...unlearn.facts import MAX_BYTES
 
 Record = Mapping[str, Any]
@@ -59,6 +60,8 @@ def text_of(record: Record, name: str) -> str:
     value = record.get(name)
     if not isinstance(value, str):
         raise WrongShapeError(f"{name}: {'missing' if value is None else 'not a text'}")
+    if not encodable(value):
+        raise WrongShapeError(f"{name}: not valid Unicode")
     return value
 
 
@@ -73,6 +76,8 @@ def texts_of(record: Record, name: str) -> list[str]:
         return []
     if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
         raise WrongShapeError(f"{name}: not a list of texts")
+    if not all(map(encodable, value)):
+        raise WrongShapeError(f"{name}: not valid Unicode")
     return [one for one in value if one.strip()]
 
 

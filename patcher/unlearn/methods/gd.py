@@ -144,7 +144,7 @@ def descend(
     begun = _restore(job, entry, G, adam)
     job.progress.start("Training", STEPS)
     for step in range(begun, STEPS):
-        draw = torch.Generator().manual_seed(job.settings.seed * 1_000_003 + step)
+        draw = torch.Generator().manual_seed((job.settings.seed * 1_000_003 + step) % 2**63)
         rows = torch.randperm(len(U), generator=draw)[:AT_ONCE].to(U.device)
         adam.param_groups[0]["lr"] = max(step_size, 1e-12) * (0.2 if step > 0.6 * STEPS else 1.0)
         with torch.enable_grad():
