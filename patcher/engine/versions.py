@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from patcher.engine.settings import is_set
 from patcher.errors import EngineRefusedError
 
-FIRST, BEYOND = (0, 32), (0, 33)  # from the one, up to but without the other
-RANGE = "0.32"
+FIRST, BEYOND = (0, 31), (0, 33)  # from the one, up to but without the other
+RANGE = "0.31 and 0.32"
 FORCE = "PATCHER_FORCE_VLLM"
 logger = logging.getLogger("vllm.patcher")
 
@@ -35,5 +35,5 @@ def check_vllm(version: str, environment: Mapping[str, str] = os.environ) -> Non
         return
     raise EngineRefusedError(
         f"This is vLLM {version}; patcher was tested with {RANGE}.",
-        f"Install vLLM {RANGE}, or set {FORCE}=1 and look at `patcher verify` after a change.",
+        f"Install one of these, or set {FORCE}=1 and look at `patcher verify` after a change.",
     )

@@ -1,4 +1,4 @@
-"""vLLM's internals on the API server's side, read in vLLM 0.32.0.
+"""vLLM's internals on the API server's side, read in vLLM 0.32.0 and 0.31.0.
 
 Calling every rank of every engine, pausing, flushing and the weight version
 (``v1/engine/async_llm.py``, ``v1/engine/core_client.py``).
@@ -36,14 +36,28 @@ async def call_workers(client: Any, method: str, *args: Any) -> list[dict[str, A
 
     Raises :class:`EngineRefusedError` where one doesn't answer in :data:`RPC_DEADLINE`.
     """
-    core = getattr(client, "engine_core", None)
-    call_all = getattr(core, "call_utility_all_async", None)
+    call_all = _every_core(client)
     if call_all is None:
         per_engine = [await _answer(client.collective_rpc(method, args=args), "A rank", method)]
     else:
         asked = call_all("collective_rpc", method, None, args, None)
         per_engine = await _answer(asked, "A rank", method)
     return [{**reply, "engine": i} for i, replies in enumerate(per_engine) for reply in replies]
+
+
+def _every_core(client: Any) -> Callable[..., Awaitable[list[Any]]] | None:
+    """The call of a utility on every engine core that gives all answers; None: there is none."""
+    core: Any = getattr(client, "engine_core", None)
+    whole = getattr(core, "call_utility_all_async", None)
+    one = getattr(core, "_call_utility_async", None)
+    if whole is None and one is not None:  # vLLM 0.31
+
+        async def whole(method: str, *args: Any) -> list[Any]:
+            asked = [one(method, *args, engine=engine) for engine in core.core_engines]
+            return await asyncio.gather(*asked)
+
+    found: Callable[..., Awaitable[list[Any]]] | None = whole
+    return found
 
 
 async def _answer(asked: Awaitable[T], who: str, what: str) -> T:
@@ -64,7 +78,7 @@ async def call_cores(client: Any, method: str, *args: Any) -> list[dict[str, Any
     Raises :class:`EngineRefusedError` where one refuses, doesn't answer in :data:`RPC_DEADLINE`,
     or hasn't got the call.
     """
-    call_all = getattr(getattr(client, "engine_core", None), "call_utility_all_async", None)
+    call_all = _every_core(client)
     if call_all is None:
         raise EngineRefusedError("This engine's scheduler can't be reached.")
     replies: list[dict[str, Any]]

@@ -16,7 +16,7 @@ import pytest
 from patcher.client import Engine
 from patcher.engine.stack import Stack
 from patcher.patch import Patch
-from tests.engine.conftest import EAGER, answers, emptied
+from tests.engine.conftest import EAGER, STAMPED, answers, emptied
 from tests.engine.patches import merge, random_patch
 from tests.engine.server import Server, serving
 from tests.engine.tiny import tiny_llama
@@ -134,6 +134,7 @@ def ask(server: Server, prompts: list[list[int]]) -> list[object]:
     return answers(server, prompts, 24)  # type: ignore[arg-type]
 
 
+@STAMPED
 def test_a_stream_that_continues_says_since_when_and_that_it_is_mixed(
     busy: Server, operator: Engine, patch: Patch
 ) -> None:
@@ -151,6 +152,7 @@ def test_a_stream_that_continues_says_since_when_and_that_it_is_mixed(
     assert words[2] == "mixed"
 
 
+@STAMPED
 def test_an_answer_across_a_change_lists_every_version(
     busy: Server, operator: Engine, patch: Patch
 ) -> None:
@@ -168,6 +170,7 @@ def test_an_answer_across_a_change_lists_every_version(
     assert "x-patcher-mixed" not in answer[0].headers, "it was recomputed"
 
 
+@STAMPED
 @pytest.mark.parametrize(
     ("path", "body"),
     [
