@@ -110,8 +110,10 @@ def merge(
     they add to the outputs is lost.
     """
     from patcher.patch import Patch
+    from patcher.patch.files import check_place
     from patcher.patch.merge import merge as run
 
+    check_place(output)
     patches = [Patch.read(path) for path in paths]
     statistics = None
     if model is not None:
@@ -256,7 +258,9 @@ def rebase(path: Path, model: str, output: Path, dtype: str, as_json: bool) -> N
     """
     from patcher.export import rebase as run
     from patcher.patch import Patch
+    from patcher.patch.files import check_place
 
+    check_place(output)
     patch = Patch.read(path)
     found = run(patch, model, dtype=dtype)
     found.patch.write(output)

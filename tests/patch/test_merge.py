@@ -235,5 +235,8 @@ def test_a_damaged_file_is_among_those_to_merge(tmp_path: Path) -> None:
     made.write(good)
     bad.write_bytes(made.data[:-1])
     assert run("merge", good, bad, "-o", out).exit_code == 3
+    nowhere = tmp_path / "nowhere" / "m.st"
+    for words in (("merge", good, bad), ("rebase", bad, "--onto", tmp_path)):
+        assert run(*words, "-o", nowhere).exit_code == 2, "told before anything is read"
     assert not out.exists()
     assert run("diff", good, bad).exit_code == 3
