@@ -92,7 +92,7 @@ def patcher_sleeping(core: Any) -> Reply:
 
     vLLM's own ``is_sleeping`` is true of an engine that is merely paused, too.
     """
-    return {"sleeping": bool(core.model_executor.is_sleeping)}
+    return {"sleeping": bool(getattr(core.model_executor, "is_sleeping", False))}
 
 
 METHODS: tuple[Callable[..., Reply], ...] = (
