@@ -33,8 +33,12 @@ class Metrics:
             "patcher_last_change_timestamp_seconds", "Unix time of the last change that was made."
         )
         self._changes = Counter(
-            "patcher_changes", "Changes by outcome: done, or the code of the error.", ["outcome"]
+            "patcher_changes",
+            "Changes by outcome: done, unchanged, or the code of the error.",
+            ["outcome"],
         )
+        for outcome in ("done", "unchanged"):
+            self._changes.labels(outcome)  # there from the start, so that a first one is a step
         self._seconds = Histogram(
             "patcher_change_seconds", "A change from the request to the answer.", buckets=_SECONDS
         )
