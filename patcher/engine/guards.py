@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from patcher.engine import vllm_generation
+from patcher.engine import vllm_client, vllm_generation
 from patcher.errors import EngineRefusedError, GuardBreachedError, InputError
 from patcher.guards import LIKELY, LOSS, SAID, Guard
 from patcher.protocol import GuardResult
@@ -67,7 +67,7 @@ class GuardRun:
                 "Guards can't be asked of an LLM that only this script may step.",
                 "Ask it after the change, and revert what you don't like; or serve the model.",
             )
-        if await self._client.is_paused():
+        if await vllm_client.is_paused(self._client):
             raise EngineRefusedError(
                 "Somebody paused the engine: guards get no answer.", "Resume it, or give no guards."
             )

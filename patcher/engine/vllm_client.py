@@ -151,7 +151,7 @@ async def paused(
 
     Raises :class:`TimeoutError` at the deadline, with the engine running again.
     """
-    pause.standing = pause.ours or not await _is_paused(client)
+    pause.standing = pause.ours or not await is_paused(client)
     try:
         try:
             async with asyncio.timeout(deadline if in_flight == "drain" else None):
@@ -167,7 +167,7 @@ async def paused(
             pause.standing = False
 
 
-async def _is_paused(client: Any) -> bool:
+async def is_paused(client: Any) -> bool:
     """Whether somebody stopped all engines: where only some stand still, nobody wanted that."""
     try:
         return bool(await _answer(client.is_paused(), "The engine", "is_paused"))
