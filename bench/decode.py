@@ -201,7 +201,7 @@ def main() -> int:
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--depth", type=int, nargs="+", default=[0, 1, 16, 64])
-    parser.add_argument("--seconds", type=float, default=4.0, help="of each depth and batch")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each depth and batch")
     parser.add_argument("--lora-rank", type=int, default=32, help="the most that LoRA is to hold")
     parser.add_argument("--compiled", action="store_true", help="vLLM's default; starts slower")
     args = parser.parse_args()

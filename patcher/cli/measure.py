@@ -107,19 +107,21 @@ def evaluate(
     tasks = [] if lm_eval is None else lm_eval.split(",")
     with shown_progress(verbose) as progress:
         found = run(**only_given(wishes), lm_eval=tasks, progress=progress)
+    failure: UsageError | None = None
+    if report is not None:  # first, as whoever reads the output may go away
+        try:
+            write_page(report, {"this evaluation": found}, with_texts=with_texts)
+        except UsageError as error:
+            failure = error
     document = found.as_dict(with_texts=with_texts)
     if as_json:
         print_json(document)
     else:
         _print_report(document)
-    if report is None:
-        return
-    try:
-        write_page(report, {"this evaluation": found}, with_texts=with_texts)
-    except UsageError as error:  # under --json the one document is out already
-        note(f"error: {error.message}", style="red")
-        note(error.cure)
-        raise click.exceptions.Exit(error.exit_code) from None
+    if failure is not None:
+        note(f"error: {failure.message}", style="red")
+        note(failure.cure)
+        raise click.exceptions.Exit(failure.exit_code)
 
 
 def _print_report(document: Mapping[str, Any]) -> None:

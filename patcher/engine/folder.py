@@ -78,14 +78,18 @@ class StateFolder:
             self._claim = None
 
     @contextlib.contextmanager
-    def exclusive(self, patience: float = LOCK_PATIENCE) -> Iterator[None]:
+    def exclusive(
+        self, patience: float = LOCK_PATIENCE, until: float | None = None
+    ) -> Iterator[None]:
         """Hold the right to change the stack, across processes.
 
-        Raises :class:`StackConflictError` when another change holds it for ``patience`` seconds.
+        ``until``: the end of those ``patience`` seconds by the steady clock, if they began before.
+        Raises :class:`StackConflictError` when another change holds it until then.
         """
         handle = self._lock_file("change.lock")
         try:
-            if not _lock(handle, patience):
+            left = patience if until is None else until - time.monotonic()
+            if not _lock(handle, left):
                 raise too_long(patience)
             yield
         finally:

@@ -50,9 +50,9 @@ class Outcome:
 
 
 def told_of(error: BaseException) -> dict[str, Any]:
-    """What the ledger says of a change that failed; one that was also not put back says so."""
-    if isinstance(error, PatcherError) and error.details.get("rolled_back") is False:
-        return {name: error.details[name] for name in ("cause", "rolled_back")}
+    """What the ledger says of a change that failed; with the engine still, that, too."""
+    if isinstance(error, PatcherError) and error.details.get("stands_still"):
+        return {name: error.details[name] for name in ("cause", "stands_still")}
     return {"cause": cause_of(error)}
 
 

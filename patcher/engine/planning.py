@@ -126,7 +126,7 @@ async def _check_settled(service: PatchService, before: Stack) -> None:
     """A change that failed half-way is mended by the next one; a plan leaves it alone."""
     ranks = await service.ranks.probe()
     await vllm_client.check_awake(service.client)
-    if service.store.unclean or service.transition.holding or not agree(ranks, before):
+    if service.transition.stops.standing or not agree(ranks, before):
         raise EngineRefusedError(
             "A change before this one was not ended on every rank.",
             "`patcher verify --heal` mends that, and so does the next change.",

@@ -88,7 +88,7 @@ class PatcherEndpoint:
         record_start(store, settings, trust.told())
         check_vllm(vllm.__version__)
         service = PatchService(engine_client, store, settings.spacing, trust)
-        await service.restore()
+        await service.restore(fresh=True)
         await expire(service)  # what ran out while nothing served
         vllm_client.watch_requests(engine_client, stamp.seen)
         state.patcher = PluginState(store, service, mixed=service.transition.mixed)

@@ -27,6 +27,7 @@ from patcher.engine.ranks import Place, Ranks, agree, left_over, place
 from patcher.engine.settings import DEFAULT_LONGEST
 from patcher.engine.signatures import Trust
 from patcher.engine.stack import Stack, admit, questions
+from patcher.engine.stops import telling
 from patcher.engine.store import Store
 from patcher.engine.transition import Transition
 from patcher.errors import (
@@ -75,7 +76,7 @@ class PatchService:
         settled = (
             agree(ranks, stack)
             and version in (None, stack.version)
-            and not (self.store.unclean or self.transition.holding)
+            and not self.transition.stops.standing
         )
         return {
             "engine": {
@@ -150,7 +151,7 @@ class PatchService:
         try:
             if self.store.drift:
                 wrong.append("drift")
-            if self.store.unclean or self.transition.holding:
+            if self.transition.stops.standing:
                 wrong.append("rollback-incomplete")
             stack = self.store.in_force()
             changing = await asyncio.to_thread(self.store.changing)
@@ -183,17 +184,18 @@ class PatchService:
 
     # -- changing ----------------------------------------------------------------------------
 
-    async def restore(self, occasion: str = "start") -> None:
+    async def restore(self, occasion: str = "start", *, fresh: bool = False) -> None:
         """Bring the engine to the stack that must be in force, before it serves.
 
-        Waits as long as another API server restores: the lock dies with that process.
+        Waits as long as another API server restores: the lock dies with that process. ``fresh``:
+        the engine was just loaded, so nothing is left of weights that something changed.
         """
         async with self.exclusive(patience=math.inf):
             await asyncio.to_thread(self.trust.check_restored, self.store.in_force().ids)
             await self._reconcile(occasion)
             stack = self.store.in_force()
             await vllm_client.set_weight_version(self.client, stack.version)
-            if occasion == "start":  # nothing is left of the weights that something changed
+            if fresh:
                 await self.transition.note_drift([])
             metrics().in_force(stack.ids)
 
@@ -298,11 +300,14 @@ class PatchService:
         await self._record_interruption()
         ranks = await self.ranks.probe()
         await vllm_client.check_awake(self.client)
-        stack, unclean = self.store.in_force(), self.store.unclean
-        if unclean or self.transition.holding or not agree(ranks, stack):
+        stack, stops = self.store.in_force(), self.transition.stops
+        await stops.tidy()
+        standing = stops.standing
+        if standing or not agree(ranks, stack):
             for change_id in left_over(ranks) or {""}:
-                async with self.transition.stopped("recompute", ours=unclean) as pause:
-                    await self.transition.put_back(change_id, stack, pause)
+                with telling():
+                    async with stops.stopped("recompute", ours=standing) as pause:
+                        await self.transition.put_back(change_id, stack, pause)
             ranks = await self.ranks.probe()
         else:
             for change_id in left_over(ranks):  # it succeeded, and only its end was lost
@@ -334,10 +339,11 @@ class PatchService:
     async def exclusive(self, patience: float = LOCK_PATIENCE) -> AsyncIterator[None]:
         """One change at a time: in this process, and across the processes that share the store.
 
-        Raises :class:`StackConflictError` after ``patience`` seconds in either wait.
+        Raises :class:`StackConflictError` after ``patience`` seconds.
         """
+        until = time.monotonic() + patience
         async with self._own_turn(patience):
-            lock = self.store.exclusive(patience)
+            lock = self.store.exclusive(patience, until)
             entering = asyncio.ensure_future(asyncio.to_thread(lock.__enter__))
             try:
                 await asyncio.shield(entering)

@@ -7,26 +7,22 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from patcher.engine import vllm_client
 from patcher.engine.metrics import metrics
 from patcher.engine.mixed import MixedRequests
-from patcher.engine.observe import CHANGE, cause_of
+from patcher.engine.observe import CHANGE
 from patcher.engine.ranks import AT_ONCE, Place, Ranks, place, refusal
 from patcher.engine.settings import DEFAULT_LONGEST
 from patcher.engine.spacing import Spacing
 from patcher.engine.spans import span
 from patcher.engine.stack import Stack
+from patcher.engine.stops import Stops, telling
 from patcher.engine.store import Store
-from patcher.errors import (
-    BaseMismatchError,
-    EngineRefusedError,
-    PatcherError,
-    VerificationError,
-)
+from patcher.errors import BaseMismatchError, EngineRefusedError, VerificationError
 from patcher.protocol import InFlight
 
 DRAIN_DEADLINE = 120.0  # seconds that `drain` waits for running requests
@@ -53,7 +49,7 @@ class Transition:
         self.store = store
         self.spacing = Spacing(ranks.client, spacing)
         self.mixed = MixedRequests(store.folder)
-        self.holding = False  # whether a stop of ours did not end: the next change mends it
+        self.stops = Stops(ranks.client, store)
         self._ending: set[asyncio.Task[None]] = set()
 
     async def run(
@@ -98,8 +94,8 @@ class Transition:
             by_rank = {name: [d[at] for at in sorted(d)] for name, d in digests.items()}
             await _to_the_end(record, by_rank)
         except BaseException as error:
-            with _telling(error):
-                async with self.stopped("recompute") as pause:
+            with telling(error):
+                async with self.stops.stopped("recompute") as pause:
                     await self.put_back(change_id, fallback, pause)
             raise refusal("The new stack could not be confirmed", error) from error
         self._discard_later(change_id)
@@ -208,7 +204,7 @@ class Transition:
         the rest. Returns the pause in ms and how many requests go on over the KV that they have.
         """
         try:
-            async with self.stopped(in_flight, DRAIN_DEADLINE) as pause:
+            async with self.stops.stopped(in_flight, DRAIN_DEADLINE) as pause:
                 mixed = await self._keep_requests(change_id, in_flight)
                 try:
                     await self.ranks.call("patcher_commit", change_id)
@@ -217,7 +213,7 @@ class Transition:
                     # Here it waits for no step: the first ones compute whole contexts.
                     await self._read_back(unread, within=AT_ONCE)
                 except BaseException as error:
-                    with _telling(error):
+                    with telling(error):
                         await self.put_back(change_id, fallback, pause)
                     raise
         except TimeoutError:
@@ -227,9 +223,6 @@ class Transition:
                 "Use --in-flight recompute, which does not wait for them.",
             ) from None
         except BaseException as error:
-            told = isinstance(error, PatcherError) and "rolled_back" in error.details
-            if self.holding and isinstance(error, Exception) and not told:  # it did not go on
-                raise _half_done(error, error) from error
             raise refusal("The engine failed in the change", error) from error
         return (time.monotonic() - pause.asked) * 1000, mixed
 
@@ -263,34 +256,15 @@ class Transition:
             if any(live[at] != digest for at, digest in unread.pop(name).items()):
                 raise EngineRefusedError(f"The weight of {name} reads back differently.")
 
-    @contextlib.asynccontextmanager
-    async def stopped(
-        self, in_flight: InFlight, deadline: float | None = None, *, ours: bool = False
-    ) -> AsyncIterator[vllm_client.Pause]:
-        """:func:`vllm_client.paused`; a stop that doesn't end is known as ours by the next one."""
-        pause = vllm_client.Pause(ours=ours or self.holding)
-        try:
-            async with vllm_client.paused(self.ranks.client, pause, in_flight, deadline):
-                yield pause
-        finally:
-            self.holding = pause.standing
-
     async def put_back(self, change_id: str, stack: Stack, pause: vllm_client.Pause) -> None:
         """Roll every rank back while the engine stands still; it goes on only if that worked."""
         pause.hold = True
-        await self._note_unclean(True)
+        await self.stops.mark(True)
         await self.ranks.call("patcher_roll_back", change_id)
         await vllm_client.flush(self.ranks.client)
         await vllm_client.set_weight_version(self.ranks.client, stack.version)
-        await self._note_unclean(False)
+        await self.stops.mark(False)
         pause.hold = False
-
-    async def _note_unclean(self, unclean: bool) -> None:
-        """Tell other processes. A disk that fails keeps no weight from its place."""
-        try:
-            await asyncio.to_thread(self.store.set_unclean, unclean)
-        except Exception:
-            logger.exception("patcher: whether a rollback is under way could not be stored")
 
     async def discard(self, change_id: str) -> None:
         """Let go of what a change no longer needs; it is over, so trouble here is only noted."""
@@ -312,26 +286,6 @@ class Transition:
     async def settle(self) -> None:
         """Wait for what changes that are over have left to do."""
         await asyncio.gather(*self._ending)
-
-
-@contextlib.contextmanager
-def _telling(cause: BaseException) -> Iterator[None]:
-    """Inside, what ``cause`` led to is put back; where that fails, both are told."""
-    try:
-        yield
-    except Exception as trouble:
-        raise _half_done(cause, trouble) from cause
-
-
-def _half_done(cause: BaseException, trouble: Exception) -> EngineRefusedError:
-    told = cause.message if isinstance(cause, PatcherError) else f"{type(cause).__name__}: {cause}."
-    return EngineRefusedError(
-        f"{told} What was in force before could not be put back ({trouble}): until it is,"
-        " the engine stands still.",
-        "The next change mends it first, and so does a restart: the state is safe.",
-        cause=cause_of(cause),
-        rolled_back=False,
-    )
 
 
 async def _to_the_end(write: Callable[[Any], object], value: Any) -> None:

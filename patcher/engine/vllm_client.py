@@ -152,6 +152,7 @@ async def paused(
     Raises :class:`TimeoutError` at the deadline, with the engine running again.
     """
     pause.standing = pause.ours or not await is_paused(client)
+    pause.asked = time.monotonic()
     try:
         try:
             async with asyncio.timeout(deadline if in_flight == "drain" else None):

@@ -90,9 +90,10 @@ def patcher_behind(core: Any, tokens: int) -> Reply:
 def patcher_sleeping(core: Any) -> Reply:
     """Whether the weights were moved out of the device's memory.
 
-    vLLM's own ``is_sleeping`` is true of an engine that is merely paused, too.
+    vLLM's own ``is_sleeping`` is true of an engine that is merely paused, too, and of one whose KV
+    alone is gone (``v1/executor/abstract.py``).
     """
-    return {"sleeping": bool(getattr(core.model_executor, "is_sleeping", False))}
+    return {"sleeping": "weights" in getattr(core.model_executor, "sleeping_tags", ())}
 
 
 METHODS: tuple[Callable[..., Reply], ...] = (

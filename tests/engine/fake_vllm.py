@@ -49,7 +49,7 @@ class FakeCore:
     def __init__(self, client: FakeClient) -> None:
         self._client = client
         self.scheduler = SimpleNamespace(requests={}, running=[])
-        self.model_executor = SimpleNamespace(is_sleeping=False)
+        self.model_executor = SimpleNamespace(sleeping_tags=set[str]())
 
     def play(self, *requests: SimpleNamespace) -> None:
         """Run ``requests``, which have an id and a number of tokens."""

@@ -71,12 +71,12 @@ def test_a_rollback_that_fails_is_told_with_what_led_to_it_and_mended_by_the_nex
         with pytest.raises(EngineRefusedError, match="could not be put back") as caught:
             put(service, patch)
     assert "full" in caught.value.message
-    assert caught.value.details["rolled_back"] is False
+    assert caught.value.details["stands_still"]
     assert client.stopped
     assert run(service.health()) == ["rollback-incomplete", "ranks-disagree"]
     assert run(service.status())["engine"]["state"] == "changing"
     (failed,) = [e["detail"] for e in service.store.ledger() if e["event"] == "change-failed"]
-    assert (failed["cause"], failed["rolled_back"]) == ("engine-refused", False)
+    assert (failed["cause"], failed["stands_still"]) == ("engine-refused", True)
     client.fail.clear()
     put(service, patch)
     assert not client.stopped, "our own stop is not taken for the operator's"
@@ -96,12 +96,86 @@ def test_an_engine_that_does_not_go_on_does_so_after_the_next_change(
         lost.setattr(client, "resume_generation", fails(RuntimeError("core is gone")))
         with pytest.raises(EngineRefusedError, match="core is gone") as caught:
             put(service, patch)
-    assert caught.value.details["rolled_back"] is False
+    assert caught.value.details["stands_still"]
     assert client.stopped
     assert service.store.committed() == Stack()
     put(service, patch)
     assert not client.stopped
     assert same(client.live(), folded(weights, patch))
+
+
+def test_another_api_server_mends_what_one_could_not(
+    service: PatchService,
+    client: FakeClient,
+    weights: list[torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    patch, other = make(weights, 1), PatchService(client, Store(service.store.folder))
+    with monkeypatch.context() as lost:
+        lost.setattr(client, "resume_generation", fails(RuntimeError("core is gone")))
+        with pytest.raises(EngineRefusedError, match="did not go on"):
+            put(service, patch)
+    assert run(other.health()) == ["rollback-incomplete", "ranks-disagree"]
+    put(other, patch)
+    assert not client.stopped
+    assert run(service.health()) == run(other.health()) == []
+    client.stopped = True  # by the operator
+    put(service)
+    assert client.stopped, "that is nobody's stop of ours"
+
+
+def test_what_came_first_is_told_where_the_engine_does_not_go_on(
+    service: PatchService,
+    client: FakeClient,
+    weights: list[torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    client.fail[("patcher_commit", 1)] = boom
+    monkeypatch.setattr(client, "resume_generation", fails(RuntimeError("core is gone")))
+    with pytest.raises(EngineRefusedError, match=r"out of memory.*core is gone") as caught:
+        put(service, make(weights, 1))
+    assert caught.value.details["stands_still"]
+    assert same(client.live(), weights)
+
+
+def test_a_second_rollback_that_fails_says_so_too(
+    service: PatchService, client: FakeClient, weights: list[torch.Tensor]
+) -> None:
+    patch = make(weights, 1)
+    client.flushes = [False, False, False]
+    for _ in range(2):
+        with pytest.raises(EngineRefusedError, match="stands still") as caught:
+            put(service, patch)
+        assert caught.value.details["stands_still"]
+    put(service, patch)
+    assert not client.stopped
+
+
+def test_a_mark_that_stays_on_disk_is_not_believed(
+    service: PatchService,
+    client: FakeClient,
+    weights: list[torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain = service.store.set_unclean
+
+    def only_true(unclean: bool) -> None:
+        if not unclean:
+            raise FULL
+        plain(unclean)
+
+    client.flushes = [False]
+    with monkeypatch.context() as full:
+        full.setattr(service.store, "set_unclean", only_true)
+        with pytest.raises(EngineRefusedError, match="prefix cache"):
+            put(service, make(weights, 1))
+    assert service.store.unclean
+    assert not client.stopped
+    assert run(service.health()) == []
+    client.stopped = True  # by the operator
+    put(service, make(weights, 1))
+    assert client.stopped
+    assert not service.store.unclean
 
 
 @pytest.mark.parametrize("call", ["reset_prefix_cache", "update_weight_version"])
@@ -162,7 +236,7 @@ def test_a_restart_is_the_cure_for_foreign_weights(
     assert run(service.health()) == ["drift"]
     fresh = FakeClient(weights, RANKS)
     again = PatchService(fresh, Store(service.store.folder))
-    run(again.restore())
+    run(again.restore(fresh=True))
     assert run(again.health()) == []
     assert again.store.ledger()[-1]["event"] == "drift-gone"
     assert same(fresh.live(), folded(weights, make(weights, 1, (0,))))
@@ -173,14 +247,14 @@ def test_of_a_sleeping_engine_no_weight_is_touched(
 ) -> None:
     a = make(weights, 1)
     put(service, a)
-    client.engine_core.model_executor.is_sleeping = True
+    client.engine_core.model_executor.sleeping_tags = {"weights", "kv_cache"}
     client.log.clear()
     for asked in (service.verify, service.heal, lambda: change(service)):
         with pytest.raises(EngineRefusedError, match="sleeps") as caught:
             run(asked())
         assert "Wake it" in caught.value.cure
     assert set(client.log) == {"probe"}
-    client.engine_core.model_executor.is_sleeping = False
+    client.engine_core.model_executor.sleeping_tags = {"kv_cache"}
     put(service)
     assert same(client.live(), weights)
 
