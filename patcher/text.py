@@ -13,6 +13,7 @@ _UNSPACED = (
     "\u3038-\u303b\u3040-\u318f\u31a0-\u31bf\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\ua960-\ua97f"
     "\ua9e0-\ua9ff\uaa60-\uaa7f\uac00-\ud7ff\uf900-\ufaff\uff66-\uffdc\U0001aff0-\U0001b16f\U00020000-\U0003ffff"
 )
+NAME = r"[\w.@+-]{1,64}"  # of somebody who signs, or holds a token
 _CLINGS = re.compile(f"[{_UNSPACED}]")
 _LETTER = rf"[^\W{_UNSPACED}]"  # of a word that spaces set apart
 

@@ -18,7 +18,7 @@ from patcher.cli.options import (
     output_option,
     stack_options,
 )
-from patcher.cli.output import facts, note, print_json, size, table
+from patcher.cli.output import facts, note_error, print_json, size, table
 from patcher.cli.progress import shown_progress
 from patcher.errors import BarsNotMetError, UsageError
 
@@ -137,8 +137,7 @@ def compute(
     else:
         _print(result)
     if failure is not None:
-        note(f"error: {failure.message}", style="red")
-        note(failure.cure)
+        note_error(failure)
         raise click.exceptions.Exit(failure.exit_code)
 
 

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import click
 
-from patcher.cli.output import clean, note, print_json
+from patcher.cli.output import lines, note, note_error, print_json
 from patcher.errors import PatcherError, UsageError
 
 INTERRUPTED = 128 + 2  # as shells report SIGINT
@@ -71,18 +71,14 @@ def _silence() -> None:
 def _report(error: PatcherError, *, as_json: bool, debug: bool) -> None:
     if debug:
         traceback.print_exc()
-    message, cure = _lines(error.message), _lines(error.cure)
-    note(f"error: {message}", style="red")
-    if cure:
-        note(cure)
+    note_error(error)
     if as_json:
-        document = {"code": error.code, "message": message, "cure": cure}
+        document = {
+            "code": error.code,
+            "message": lines(error.message),
+            "cure": lines(error.cure),
+        }
         print_json({"error": {**error.details, **document, "exit_code": error.exit_code}})
-
-
-def _lines(text: str) -> str:
-    # A forget set's wrong lines come one a line.
-    return "\n".join(map(clean, text.splitlines()))
 
 
 def _as_ours(error: Exception) -> PatcherError:

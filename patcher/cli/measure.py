@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from patcher.cli.options import data_options, existing_file, json_option, only_given
-from patcher.cli.output import note, percent, print_json, table
+from patcher.cli.output import note, note_error, percent, print_json, table
 from patcher.cli.progress import shown_progress
 from patcher.errors import UsageError
 
@@ -119,8 +119,7 @@ def evaluate(
     else:
         _print_report(document)
     if failure is not None:
-        note(f"error: {failure.message}", style="red")
-        note(failure.cure)
+        note_error(failure)
         raise click.exceptions.Exit(failure.exit_code)
 
 

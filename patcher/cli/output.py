@@ -11,6 +11,8 @@ from typing import Any
 
 import click
 
+from patcher.errors import PatcherError
+
 
 def print_json(document: Mapping[str, Any]) -> None:
     """One JSON document on stdout (what isn't a number is null, never ``NaN``)."""
@@ -31,6 +33,18 @@ def note(text: str, *, style: str | None = None) -> None:
     if style and _colours(sys.stderr):
         text = click.style(text, fg=style)
     click.echo(text, err=True)
+
+
+def note_error(error: PatcherError) -> None:
+    """An error's cause and cure on stderr; a forget set's wrong lines come one a line."""
+    note(f"error: {lines(error.message)}", style="red")
+    if error.cure:
+        note(lines(error.cure))
+
+
+def lines(text: str) -> str:
+    """A text of several lines, each fit to be printed."""
+    return "\n".join(map(clean, text.splitlines()))
 
 
 def facts(rows: Iterable[tuple[str, object]]) -> None:

@@ -7,6 +7,7 @@ import secrets
 from enum import IntEnum
 from pathlib import Path
 
+from patcher.engine.lifetimes import ACTOR
 from patcher.engine.store import Store
 from patcher.errors import (
     EngineRefusedError,
@@ -15,12 +16,11 @@ from patcher.errors import (
     UsageError,
 )
 from patcher.patch import files
-from patcher.text import shown
+from patcher.text import NAME, shown
 
 TOKEN_BYTES = 32
 OWNER = "admin"  # the name under which the token in the file acts
-RESERVED = (OWNER, "ttl")  # names that the ledger has for the operator and for a time that ended
-_NAME = re.compile(r"[\w.@+-]{1,64}")
+RESERVED = (OWNER, ACTOR)  # names that the ledger has for the operator and for a time that ended
 
 
 class Role(IntEnum):
@@ -65,7 +65,7 @@ def issue(store: Store, name: str, role: str) -> str:
 
     Raises :class:`UsageError` for a name that can't be one, or is the operator's own.
     """
-    if not _NAME.fullmatch(name) or name in RESERVED:
+    if not re.fullmatch(NAME, name) or name in RESERVED:
         raise UsageError(
             f"A token can't be called {shown(name, 64)!r}.",
             f"Give up to 64 letters, digits and . _ @ + -, but not {' or '.join(RESERVED)}.",

@@ -22,7 +22,7 @@ import httpx
 from fastapi import FastAPI
 
 from patcher.client import Engine
-from patcher.engine import worker
+from patcher.engine import vllm_core, worker
 from patcher.engine.auth import ensure_token
 from patcher.engine.lifetimes import expire
 from patcher.engine.plugin import record_start
@@ -196,7 +196,8 @@ def _client(engine: Any) -> OfflineClient:
             "Serve with `patcher serve --data-parallel-size`, or use tensor parallelism.",
         )
     if client.in_process and parallel.world_size == 1:
-        worker.install()  # the worker is in this process too
+        worker.install()  # the worker and the core are in this process too
+        vllm_core.install()
     elif not asked_for():
         # Known without a call: one that every rank refuses leaves their replies off by one.
         raise EngineRefusedError(

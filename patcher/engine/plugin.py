@@ -65,7 +65,6 @@ class PatcherEndpoint:
         from patcher.engine.routes import PluginState
         from patcher.engine.service import PatchService
         from patcher.engine.signatures import Trust
-        from patcher.engine.store import Store
         from patcher.engine.versions import check_vllm
 
         if engine_client is None:
@@ -74,9 +73,7 @@ class PatcherEndpoint:
         if disabled():
             state.patcher = PluginState(_noted(args), off="PATCHER_DISABLE is set")
             return
-        settings = Settings.read(args.model)
-        store = Store(settings.state)
-        store.claim(_instance(args))
+        settings, store = _claimed(args)
         made = ensure_token(store, settings.token_file)
         logger.info(
             "patcher: state in %s, %s token in %s",
@@ -100,17 +97,23 @@ class PatcherEndpoint:
         self._watch = asyncio.create_task(watch(service))  # as long as the server
 
 
+def _claimed(args: Namespace) -> tuple[Settings, Store]:
+    """The settings, and the state folder that they name, held for this engine."""
+    from patcher.engine.store import Store
+
+    settings = Settings.read(args.model)
+    store = Store(settings.state)
+    store.claim(_instance(args))
+    return settings, store
+
+
 def _noted(args: Namespace) -> Store | None:
     """The store, with a start that is to do without patches in it; None where that can't be.
 
     Whoever starts without patches may do so because something of ours is broken.
     """
-    from patcher.engine.store import Store
-
     try:
-        settings = Settings.read(args.model)
-        store = Store(settings.state)
-        store.claim(_instance(args))
+        settings, store = _claimed(args)
         record_start(store, settings, None)
     except Exception:
         logger.exception("patcher: disabled; this start could not be recorded")

@@ -13,7 +13,6 @@ import asyncio
 import weakref
 from typing import Any
 
-from patcher.engine import vllm_core
 from patcher.errors import EngineRefusedError
 
 
@@ -55,10 +54,7 @@ class OfflineClient:
 
     async def is_asleep(self) -> bool:
         """Whether the weights were moved out of the device's memory."""
-        core = self.engine.engine_core
-        if self.in_process:  # where the plugin may not have given the core its calls
-            return bool(vllm_core.patcher_sleeping(core.engine_core)["sleeping"])
-        return bool(core.call_utility("patcher_sleeping")["sleeping"])
+        return bool(self._call("patcher_sleeping")["sleeping"])
 
     async def is_paused(self) -> bool:
         """Whether the scheduler stands still."""

@@ -38,6 +38,7 @@ from pydantic import (
 
 from ..errors import PatcherError, TrustError
 from ..patch import Manifest, Patch
+from ..text import NAME
 from . import bundles
 from .bundles import Verifier
 from .keys import fingerprint
@@ -55,7 +56,7 @@ class _Table(BaseModel):
 class SignerTable(_Table):
     """One ``[[signer]]``: a public key, certificates, or a keyless identity."""
 
-    name: Annotated[str, StringConstraints(pattern=r"^[\w.@+-]{1,64}$")]
+    name: Annotated[str, StringConstraints(pattern=f"^{NAME}$")]
     public_key: Path | None = None
     certificates: tuple[Path, ...] = ()
     common_name: str | None = None

@@ -100,6 +100,18 @@ def boom(*_: object) -> None:
     raise RuntimeError("out of memory")
 
 
+FULL = EngineRefusedError("database or disk is full")
+
+
+def fails(error: Exception = FULL) -> Any:
+    """What raises that, whatever it is called with."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    return fail
+
+
 def refuse(worker: Any, nonce: str, *_: object) -> dict[str, Any]:
     failure = {"error": "internal", "detail": "out of memory", "cure": ""}
     return {"nonce": nonce, "rank": worker.rank, "pid": 0, "ok": False, **failure}
@@ -247,8 +259,7 @@ def test_a_disk_that_fails_at_the_end_takes_the_weights_back(
 ) -> None:
     patch = make(weights, 1)
     service.store.add_patch(patch, "me")
-    refusal = EngineRefusedError("database or disk is full")
-    monkeypatch.setattr(service.store, "commit", lambda *_: (_ for _ in ()).throw(refusal))
+    monkeypatch.setattr(service.store, "commit", fails())
     with pytest.raises(EngineRefusedError, match="full"):
         put(service, patch)
     assert same(client.live(), weights)

@@ -10,7 +10,6 @@ import math
 import os
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -25,17 +24,8 @@ from patcher.engine.stack import Stack
 from patcher.engine.store import Store
 from patcher.errors import EngineRefusedError, PatcherError, StackConflictError, UsageError
 from tests.engine.fake_vllm import FakeClient
-from tests.engine.test_faults import boom, change, folded, make, put, run, same
+from tests.engine.test_faults import FULL, boom, change, fails, folded, make, put, run, same
 from tests.engine.test_healing import RANKS, reload
-
-FULL = EngineRefusedError("database or disk is full")
-
-
-def fails(error: Exception = FULL) -> Any:
-    def fail(*_: object, **__: object) -> None:
-        raise error
-
-    return fail
 
 
 def test_a_disk_that_takes_nothing_more_keeps_no_weight_from_its_place(
